@@ -1,0 +1,39 @@
+# Every target installs what it needs, once: the stamp is renewed when the pins or the package's metadata change.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SEEDS := 0 1 2
+
+export WANDB_MODE ?= disabled
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: run test lab train bench
+
+run: $(STAMP)
+	$(BIN)/python -m mi_utils run
+
+# No test may need the model hub, so that they pass without a network.
+test: export HF_HUB_OFFLINE = 1
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=.
+
+train: $(STAMP)
+	$(BIN)/python -m mi_utils.smallworld.train --seed $(SEEDS)
+
+bench: $(STAMP)
+	@test -f benchmarks/run.py || { echo "There are no benchmarks yet."; exit 1; }
+	$(BIN)/python benchmarks/run.py
+
+$(STAMP): requirements.txt pyproject.toml
+	@test -x $(BIN)/python || for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "Making $(VENV) with $$python"; $$python -m venv $(VENV) && break; \
+		fi; \
+	done
+	@test -x $(BIN)/python || { echo "Python 3.11 or later with its venv module is needed; make PYTHON=/path/to/python"; exit 1; }
+	$(BIN)/python -m pip install -r requirements.txt -e .
+	@touch $@

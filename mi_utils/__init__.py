@@ -1,0 +1,41 @@
+"""Helpers of the course: load a model, intervene on it, measure, test a claim.
+
+``from mi_utils import load_model`` works as if everything were here; a module, and with it PyTorch, is imported when
+a name of it is first used, so that ``import mi_utils`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "compute": ("choose_tool", "environment", "estimate_memory", "known_shape", "pick_device", "seed_everything"),
+    "models": ("ModelNotFound", "embedded_names", "info", "load_model"),
+    "prompts": ("ModelDoesNotKnowTask", "PromptPairs", "ioi_pairs"),
+    "metrics": ("METRICS", "LogitDiff"),
+    "lens": ("logit_lens",),
+    "patching": ("NothingChanged", "ablate", "patch_sweep"),
+    "attribution": ("direct_logit_attribution",),
+    "heads": ("attention_patterns", "head_scores"),
+    "stats": (
+        "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
+    ),
+    "study": ("Prediction", "Study"),
+    "runlog": ("log_run", "read_runs"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"mi_utils has no {name!r}; there are {', '.join(__all__)}, and its modules.")
+    value = getattr(import_module(f"mi_utils.{_HOME[name]}"), name)
+    globals()[name] = value  # the next time it is found without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

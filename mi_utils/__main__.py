@@ -1,0 +1,275 @@
+"""Command line: ``python -m mi_utils doctor | run | evaluate | estimate | runs``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mi_utils import course
+
+app = typer.Typer(
+    help="Run the course, check this machine, measure the embedded models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+
+DISTRIBUTION = "mi-workbench"
+STATUS_STYLE = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "yellow"}
+
+Model = Annotated[str | None, typer.Option(help="Embedded name, local folder or hub id (gpt2-small).")]
+Output = Annotated[Path, typer.Option(help="Folder for results, relative to the repository.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is unless given.")]
+
+
+def _refuse(error: Exception) -> typer.Exit:
+    console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+    return typer.Exit(2)
+
+
+@app.command()
+def run(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="Numbers (03), names or paths; all of them if none is given.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for the notebooks.")] = None,
+    output: Output = Path("build"),
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--parameter", help="A notebook parameter, name=value; repeatable."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished notebooks again.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a single cell may take.")] = None,
+) -> None:
+    """Run notebooks in order; a run that was cut short goes on at its first unfinished notebook."""
+    try:
+        plan = course.plan_course(
+            notebooks or (),
+            model=model,
+            device=device,
+            seed=seed,
+            output=output,
+            parameters=course.parse_parameters(parameter or ()),
+            fresh=fresh,
+        )
+    except course.CourseError as error:
+        raise _refuse(error) from error
+
+    waiting = [step.notebook.name for step in plan.steps if not step.finished]
+    console.print(f"{len(waiting)} of {len(plan.steps)} notebooks to run, model {escape(plan.state.model)}.")
+    try:
+        results = _run_with_progress(plan, waiting, timeout)
+    except KeyboardInterrupt:
+        console.print("[yellow]Stopped.[/] The same command goes on at the first unfinished notebook.")
+        raise typer.Exit(130) from None
+    _print_summary(plan, results)
+    if any(entry.status != "done" for entry in results):
+        raise typer.Exit(1)
+
+
+def _run_with_progress(plan: course.Plan, waiting: list[str], timeout: float | None) -> list[course.Entry]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:32s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        overall = progress.add_task("notebooks", total=len(waiting))
+        bars: dict[str, Any] = {}
+
+        def on_progress(name: str, cells: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name)
+            progress.update(bars[name], completed=cells, total=total)
+            if cells == total:
+                progress.advance(overall)
+
+        return course.run_course(plan, timeout=timeout, on_progress=on_progress)
+
+
+def _print_summary(plan: course.Plan, results: list[course.Entry]) -> None:
+    finished_before = {step.notebook.name for step in plan.steps if step.finished}
+    table = Table("notebook", "seconds", "state", "")
+    for entry in results:
+        note = "finished earlier, see --fresh" if entry.notebook in finished_before else entry.message
+        style = STATUS_STYLE.get(entry.status, "")
+        table.add_row(
+            entry.notebook,
+            f"{entry.seconds:.1f}",
+            f"[{style}]{entry.status}[/]" if style else entry.status,
+            escape(note),
+        )
+    console.print(table)
+    verdict = plan.state.verdict()
+    if verdict is not None:
+        console.print(f"Verdict of the study: [bold]{escape(verdict)}[/]")
+    console.print(f"Results: {plan.build / 'index.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def doctor(
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Check versions, device, memory and the embedded models' numbers; exit 1 when something is wrong."""
+    healthy = _check_versions()
+    healthy = _check_machine(device, dtype) and healthy
+    console.print("[green]All is well.[/]" if healthy else "[red]Something is wrong; see the red lines.[/]")
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _check_versions() -> bool:
+    import sys
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    table = Table("package", "installed", "wanted", "")
+    healthy = sys.version_info >= (3, 11)
+    mark = {True: "[green]ok[/]", False: "[red]wrong[/]"}
+    table.add_row("python", sys.version.split()[0], ">=3.11", mark[healthy])
+    try:
+        wanted = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        console.print(f"[red]{DISTRIBUTION} is not installed: pip install -e . in the repository.[/]")
+        return False
+    for requirement in wanted:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            installed = "missing"
+        fits = installed != "missing" and requirement.specifier.contains(installed, prereleases=True)
+        healthy = healthy and fits
+        table.add_row(requirement.name, installed, str(requirement.specifier) or "any", mark[fits])
+    console.print(table)
+    return healthy
+
+
+def _check_machine(device: str | None, dtype: str | None) -> bool:
+    from mi_utils import compute, models
+
+    try:
+        chosen = compute.pick_device(device)
+        precision = compute.pick_dtype(chosen, dtype)
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return False
+    free = compute.available_memory(chosen) / 2**30
+    precision_name = str(precision).removeprefix("torch.")
+    console.print(f"Device {chosen}, {precision_name}, {free:.1f} GiB of memory free.")
+
+    # half precision keeps about three digits of a log-probability; float32 differs by rounding order only
+    tolerance = 1e-3 if precision_name == "float32" else 0.25
+    names = [name for name in sorted(models.embedded_names()) if "-step" not in name]
+    if not names:
+        console.print("[red]No embedded model is installed.[/] `make train` makes them.")
+        return False
+    healthy = True
+    for name in names:
+        try:
+            difference = models.check_canary(name, chosen, precision)
+        except Exception as error:  # a doctor reports every kind of failure
+            console.print(f"Canary {name}: [red]{escape(f'{type(error).__name__}: {error}')}[/]")
+            healthy = False
+            continue
+        fits = difference <= tolerance
+        healthy = healthy and fits
+        state = "[green]ok[/]" if fits else "[red]wrong numbers on this device[/]"
+        console.print(f"Canary {name}: stored log-probabilities differ by {difference:.1e} at most: {state}")
+    return healthy
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str] | None, typer.Argument(help="Models to measure; every shipped seed if none.")] = None,
+) -> None:
+    """Measure the embedded models' behaviours on held-out prompts; exit 1 when one is below its bar."""
+    from mi_utils.smallworld import evaluate as behaviours
+
+    try:
+        reached = behaviours.main(models or ())
+    except ValueError as error:
+        raise _refuse(error) from error
+    if not reached:
+        raise typer.Exit(1)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Embedded name, well-known name (gpt2-xl), folder or hub id.")],
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens a prompt.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    task: Annotated[str, typer.Option(help="forward, cache or patching.")] = "forward",
+) -> None:
+    """Estimate the memory a model needs before it is loaded, and name the tool for its size."""
+    from mi_utils import compute
+
+    try:
+        shape = compute.known_shape(model) or _shape_of(model)
+        needed = compute.estimate_memory(shape, batch=batch, seq=seq, dtype=dtype, task=task)
+    except ValueError as error:
+        raise _refuse(error) from error
+    choice = compute.choose_tool(shape)
+    console.print(f"{shape.name}: {shape.n_parameters:,} parameters, {shape.n_layers} layers", highlight=False)
+    console.print(needed.table())
+    console.print(f"Tool: [bold]{escape(choice.tool)}[/]. {escape(choice.reason)}")
+
+
+def _shape_of(model: str) -> Any:
+    """Shape of a model that is not in the table, from its own configuration."""
+    course.check_model(model)
+    from transformers import AutoConfig
+
+    from mi_utils import compute, models
+
+    return compute.ModelShape.from_config(AutoConfig.from_pretrained(models.resolve(model)))
+
+
+@app.command()
+def runs(
+    output: Output = Path("build"),
+) -> None:
+    """List course runs with their verdicts, and logged runs."""
+    build = output if output.is_absolute() else (course.find_root() or Path.cwd()) / output
+    states = course.list_runs(build)
+    table = Table("course run", "notebooks done", "verdict", "folder")
+    for state in states:
+        done = sum(entry.status == "done" for entry in state.entries.values())
+        name = f"{state.model}, seed {state.seed}"
+        table.add_row(
+            escape(name),
+            f"{done} of {len(state.entries)}",
+            state.verdict() or "-",
+            state.folder.relative_to(build).as_posix(),
+        )
+    console.print(table if states else f"No course run below {output}.")
+
+    logged = _logged_runs(build / "runs")
+    if logged:
+        table = Table("logged run", "results")
+        for record in logged:
+            results = ", ".join(f"{name}={value}" for name, value in record.get("results", {}).items())
+            table.add_row(escape(str(record.get("name"))), escape(results))
+        console.print(table)
+
+
+def _logged_runs(directory: Path) -> list[dict[str, Any]]:
+    if not directory.is_dir():
+        return []
+    from mi_utils.runlog import read_runs
+
+    return read_runs(directory)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m mi_utils")

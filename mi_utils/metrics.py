@@ -1,0 +1,76 @@
+"""What is measured on logits. Each function takes logits [prompt, pos, d_vocab] and looks at the last position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mi_utils.prompts import PromptPairs
+
+Logits = Float[Tensor, "prompt pos d_vocab"]
+PerPrompt = Float[Tensor, " prompt"]
+Metric = Callable[[Logits], PerPrompt]
+
+
+def _column(values: Float[Tensor, "prompt d_vocab"], ids: Int[Tensor, " prompt"]) -> PerPrompt:
+    return values.gather(-1, ids.to(values.device)[:, None])[:, 0]
+
+
+def logit_difference(logits: Logits, correct: Int[Tensor, " prompt"], incorrect: Int[Tensor, " prompt"]) -> PerPrompt:
+    """Logit of the correct answer minus that of the incorrect one (Wang et al., arXiv:2211.00593)."""
+    last = logits[:, -1].float()
+    return _column(last, correct) - _column(last, incorrect)
+
+
+def answer_log_prob(logits: Logits, correct: Int[Tensor, " prompt"]) -> PerPrompt:
+    """Log-probability of the correct answer, in nats."""
+    return _column(logits[:, -1].float().log_softmax(-1), correct)
+
+
+def answer_rank(logits: Logits, correct: Int[Tensor, " prompt"]) -> Int[Tensor, " prompt"]:
+    """How many tokens have a larger logit than the correct answer: 0 is the top."""
+    last = logits[:, -1].float()
+    return (last > _column(last, correct)[:, None]).sum(-1)
+
+
+def kl_divergence(reference: Logits, other: Logits) -> PerPrompt:
+    """KL(reference ‖ other) of the next-token distributions, in nats."""
+    p, q = (logits[:, -1].float().log_softmax(-1) for logits in (reference, other))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def accuracy(logits: Logits, correct: Int[Tensor, " prompt"], incorrect: Int[Tensor, " prompt"]) -> float:
+    """Share of prompts on which the correct answer has the larger logit of the two."""
+    return (logit_difference(logits, correct, incorrect) > 0).float().mean().item()
+
+
+@dataclass(frozen=True)
+class LogitDiff:
+    """Logit difference as a declared metric: an engine can read off that it needs two columns of one position."""
+
+    correct: Int[Tensor, " prompt"]
+    incorrect: Int[Tensor, " prompt"]
+
+    def __call__(self, logits: Logits) -> PerPrompt:
+        return logit_difference(logits, self.correct, self.incorrect)
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """Log-probability of the correct answer as a declared metric."""
+
+    correct: Int[Tensor, " prompt"]
+
+    def __call__(self, logits: Logits) -> PerPrompt:
+        return answer_log_prob(logits, self.correct)
+
+
+METRICS: dict[str, Callable[[PromptPairs], Metric]] = {
+    "logit_diff": lambda pairs: LogitDiff(pairs.correct_ids, pairs.incorrect_ids),
+    "log_prob": lambda pairs: LogProb(pairs.correct_ids),
+}

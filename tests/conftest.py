@@ -1,0 +1,106 @@
+"""Models to test on, without a network: a tiny one, a hub cache with GPT-2 small's shapes, and the embedded one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+# Read when the libraries are imported, so set before any of them is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+BOS = "<|endoftext|>"
+LINES = (
+    "When Mary and John went to the store, John gave a drink to Mary.",
+    "Then, Anna and Peter were at the garden. Peter handed the key to Anna.",
+    "The cat sat on the mat because it was warm, and the dog left the house.",
+)
+
+
+def byte_level_tokenizer(vocab_size: int | None = None):
+    """Byte-level BPE in which the words of ``LINES`` are whole; padded to ``vocab_size``, BOS last, as in GPT-2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def fresh(model) -> Tokenizer:
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
+    trained = fresh(models.BPE())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trained.train_from_iterator(
+        LINES, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    )
+    learned = json.loads(trained.to_str())["model"]
+    vocabulary = dict(learned["vocab"])
+    for number in range(len(vocabulary), (vocab_size or len(vocabulary) + 1) - 1):
+        vocabulary[f"unused{number}"] = number
+    vocabulary[BOS] = len(vocabulary)
+    tokenizer = fresh(models.BPE(vocabulary, [tuple(merge) for merge in learned["merges"]]))
+    tokenizer.add_special_tokens([BOS])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS)
+
+
+def save_random_gpt2(
+    directory: Path, seed: int = 0, half: bool = False, vocab_size: int | None = None, **sizes
+) -> Path:
+    """A GPT-2 with random weights and its tokenizer as an ordinary Hugging Face directory."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = byte_level_tokenizer(vocab_size)
+    bos = tokenizer.bos_token_id
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=bos, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config)
+    (model.half() if half else model).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """Two layers, d_model 32, four heads; large random weights, so that prompts give different answers."""
+    directory = tmp_path_factory.mktemp("tiny")
+    return save_random_gpt2(directory, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir):
+    """The model of ``tiny_dir``, loaded."""
+    from mi_utils.models import load_model
+
+    return load_model(str(tiny_dir))
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory) -> Path:
+    """$HF_HOME with GPT-2 small in its exact shapes, under both of its hub ids, as a download would have left it."""
+    home = tmp_path_factory.mktemp("hf_home")
+    commit = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    first, second = (home / "hub" / f"models--{name}" for name in ("gpt2", "openai-community--gpt2"))
+    for repository in (first, second):
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+    snapshot = save_random_gpt2(first / "snapshots" / commit, half=True, vocab_size=50257)
+    for file in snapshot.iterdir():
+        (second / "snapshots" / commit / file.name).symlink_to(file)
+    return home
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The embedded model, where it has been trained."""
+    from mi_utils.models import embedded_names, load_model
+
+    if "smallworld" not in embedded_names():
+        pytest.skip("smallworld has not been trained yet: make train")
+    return load_model("smallworld")

@@ -1,0 +1,289 @@
+"""Figures say what they show: labels, units, a scale that means something, and a still picture of the same numbers."""
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+from html import unescape
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from mi_utils import plots, stats, svg
+
+TOKENS = ["0 <|endoftext|>", "1 Mary (IO)", "2 and", "3 John (S1)", "4 gave", "5 to", "6 to (END)"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def effect():
+    values = np.random.default_rng(0).normal(0, 0.05, size=(12, 3, len(TOKENS)))
+    values[:, 1, 3] += 0.8
+    return xr.DataArray(
+        values, dims=("prompt", "layer", "pos"), name="effect",
+        coords={
+            "layer": np.arange(3), "pos": np.arange(len(TOKENS)), "token": ("pos", TOKENS),
+            "template": ("prompt", ["short", "long {A}"] * 6),
+            "clean": ("prompt", np.full(12, 3.0)), "corrupted": ("prompt", np.full(12, -3.0)),
+        },
+        attrs={"model": "smallworld", "site": "resid_pre", "mode": "denoising"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts():
+    values = np.random.default_rng(1).normal([3.0, -1.0, 0.2, 0.5], 0.3, size=(12, 4))
+    names = ["L0H0", "L0H1", "mlp L0", "bias"]
+    return xr.DataArray(values, dims=("prompt", "component"), coords={"component": names}, name="attribution")
+
+
+@pytest.fixture(scope="module")
+def patterns():
+    n = len(TOKENS)
+    values = np.tril(np.random.default_rng(2).random((4, 2, 3, n, n)))
+    values /= values.sum(-1, keepdims=True)
+    return xr.DataArray(
+        values, dims=("prompt", "layer", "head", "query", "key"), name="attention",
+        coords={"layer": [0, 1], "head": [0, 1, 2], "query_token": ("query", TOKENS), "key_token": ("key", TOKENS)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def every_kind(effect, parts, patterns):
+    return {
+        "heatmap": plots.heatmap(effect),
+        "bars": plots.bars(parts),
+        "distribution": plots.distribution(effect.sel(layer=1, pos=3), by="template"),
+        "attention": plots.attention(patterns, heads=[(0, 0), (1, 2)]),
+        "lines": plots.lines(effect.sel(pos=[3, 6])),
+    }
+
+
+KINDS = ["heatmap", "bars", "distribution", "attention", "lines"]
+
+
+def texts(figure):
+    return [element.text for element in ET.fromstring(svg.draw(figure.to_dict())).iter(f"{SVG}text")]
+
+
+# ------------------------------------------------------------------------------------------------ all figures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_axes_are_named_and_the_figure_is_small_and_plain(every_kind, kind):
+    figure = every_kind[kind]
+    raw = figure.to_plotly_json()
+    titles = [raw["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+    assert all(titles) or kind == "attention"
+    assert figure.layout.title.text and figure.layout.title.subtitle.text
+    text = figure.to_json()
+    assert len(text) < 30_000 and "bdata" not in text and "http" not in text  # plain lists: read by any plotly
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_still_picture_is_of_plain_elements_and_holds_every_label(every_kind, kind):
+    figure = every_kind[kind]
+    root = ET.fromstring(svg.draw(figure.to_dict()))
+    assert {element.tag.removeprefix(SVG) for element in root.iter()} <= {
+        "svg", "title", "rect", "line", "text", "circle", "polyline", "polygon",
+    }  # fmt: skip
+    assert root.find(f"{SVG}title").text == figure.layout.title.text
+    shown = texts(figure)
+    for axis in (figure.layout.xaxis, figure.layout.yaxis):
+        assert {unescape(label) for label in axis.ticktext or ()} <= set(shown)
+    width, height = float(root.get("width")), float(root.get("height"))
+    for box in root.iter(f"{SVG}rect"):
+        assert -1 <= float(box.get("x", 0)) <= width and -1 <= float(box.get("y", 0)) <= height
+
+
+def test_a_figure_drawn_elsewhere_has_no_still_picture():
+    import plotly.graph_objects as go
+
+    assert svg.draw(go.Figure(go.Bar(x=[1], y=[2])).to_dict()) is None
+
+
+# ------------------------------------------------------------------------------------------------ heat maps
+
+
+def test_an_effect_is_averaged_and_centred_on_zero(effect):
+    figure = plots.heatmap(effect)
+    (trace,) = figure.data
+    np.testing.assert_allclose(np.array(trace.z, dtype=float), effect.mean("prompt"), rtol=1e-3)
+    axis = figure.layout.coloraxis
+    assert axis.cmin == -axis.cmax == -1.0
+    assert dict(axis.colorscale)[0.5] == "#f7f7f7" and axis.colorbar.title.text == "patching effect"
+    narrow = plots.heatmap(effect, limit=0.2).layout.coloraxis
+    assert (narrow.cmin, narrow.cmax) == (-0.2, 0.2)
+    assert "smallworld" in figure.layout.title.subtitle.text and "12 prompts" in figure.layout.title.subtitle.text
+
+
+def test_the_first_layer_is_at_the_bottom_whatever_the_order_of_axes(effect):
+    for result in (effect, effect.transpose("prompt", "pos", "layer")):
+        figure = plots.heatmap(result)
+        assert figure.layout.yaxis.title.text == "layer" and list(figure.layout.yaxis.range) == [-0.5, 2.5]
+        assert np.argmax(np.array(figure.data[0].z)) == 1 * len(TOKENS) + 3
+
+
+def test_tokens_stand_on_the_axis_each_for_itself(effect):
+    repeated = effect.assign_coords(token=("pos", ["to"] * len(TOKENS)))
+    axis = plots.heatmap(repeated).layout.xaxis
+    assert list(axis.ticktext) == ["to"] * len(TOKENS) and list(axis.tickvals) == list(range(len(TOKENS)))
+    marked = plots.heatmap(effect).layout.xaxis.ticktext
+    assert marked[0] == "0 &lt;|endoftext|&gt;"  # or plotly would take it for markup
+    assert "0 <|endoftext|>" in texts(plots.heatmap(effect))
+
+
+def test_scores_and_probabilities_keep_one_colour(effect):
+    scores = xr.Dataset({"prefix_matching": (("layer", "head"), np.full((2, 2), 0.25))})["prefix_matching"]
+    axis = plots.heatmap(scores).layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (0.0, 1.0) and axis.colorscale[0][1] == plots.SEQUENTIAL[0]
+    log_prob = xr.DataArray(np.array([[-3.0, -1.0]]), dims=("layer", "pos"), name="log_prob")
+    axis = plots.heatmap(log_prob).layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (-3.0, 0.0)
+
+
+def test_nothing_at_all_is_still_a_figure():
+    zeros = xr.DataArray(np.zeros((2, 2)), dims=("layer", "head"), name="attribution")
+    axis = plots.heatmap(zeros).layout.coloraxis
+    assert axis.cmin < 0 < axis.cmax
+    assert svg.draw(plots.heatmap(zeros).to_dict())
+    holes = xr.DataArray([[np.nan, 0.5]], dims=("layer", "head"), name="effect")
+    assert list(plots.heatmap(holes).data[0].z[0]) == [None, 0.5]
+    assert svg.draw(plots.heatmap(holes).to_dict())
+
+
+def test_the_still_picture_has_the_same_colours():
+    values = xr.DataArray([[-1.0, 0.0, 1.0]], dims=("layer", "head"), name="effect")
+    root = ET.fromstring(svg.draw(plots.heatmap(values).to_dict()))
+    fills = [box.get("fill") for box in root.iter(f"{SVG}rect")]
+    for colour in (plots.DIVERGING[0], "#f7f7f7", plots.DIVERGING[-1]):
+        assert colour in fills
+    assert svg.colour([[0, "#000000"], [1, "#ffffff"]], 0.5) in ("#7f7f7f", "#808080")
+
+
+# ------------------------------------------------------------------------------------------------ bars and lines
+
+
+def test_bars_carry_the_interval_of_the_statistics(parts):
+    (trace,) = plots.bars(parts).data
+    summary = stats.summarise(parts)
+    np.testing.assert_allclose(trace.x, summary["mean"], rtol=1e-3)
+    np.testing.assert_allclose(np.add(trace.x, trace.error_x.array), summary["high"], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(np.subtract(trace.x, trace.error_x.arrayminus), summary["low"], rtol=1e-2, atol=1e-3)
+    assert plots.bars(summary).data[0].to_plotly_json() == trace.to_plotly_json()
+    assert plots.bars(parts.mean("prompt")).data[0].error_x.array is None
+
+
+def test_the_largest_bars_come_first(parts):
+    figure = plots.bars(parts, top=2)
+    assert list(figure.layout.yaxis.ticktext) == ["L0H0", "L0H1"]
+    assert list(figure.data[0].marker.color) == [plots.BLUE, plots.RED]
+    assert "2 largest of 4" in figure.layout.title.subtitle.text
+    low, high = figure.layout.yaxis.range
+    assert low > high  # the first at the top
+
+
+def test_lines_one_for_each_entry_and_steps_to_scale(effect):
+    figure = plots.lines(effect.sel(pos=[3, 6]))
+    assert [trace.name for trace in figure.data] == ["pos 3 John (S1)", "pos 6 to (END)"]
+    assert figure.layout.showlegend and figure.data[0].error_y.array is not None
+    steps = xr.Dataset({"score": ("step", [0.0, 0.1, 1.0])}, coords={"step": [0, 100, 3000]})
+    figure = plots.lines(steps)
+    assert list(figure.data[0].x) == [0, 100, 3000] and figure.layout.xaxis.title.text == "training step"
+
+
+# ------------------------------------------------------------------------------------------------ distributions
+
+
+def test_every_prompt_is_a_point_and_every_group_has_its_mean(effect):
+    values = effect.sel(layer=1, pos=3)
+    points, centre = plots.distribution(values, by="template").data
+    assert len(points.x) == 12 and len(centre.x) == 2
+    np.testing.assert_allclose(centre.x, [values[0::2].mean(), values[1::2].mean()], rtol=1e-3)
+    interval = stats.bootstrap_interval(values[0::2])
+    assert centre.x[0] + centre.error_x.array[0] == pytest.approx(interval.high, abs=2e-3)
+    figure = plots.distribution({"trained": values, "random weights": np.zeros(5)})
+    assert list(figure.layout.yaxis.ticktext) == ["trained (n = 12)", "random weights (n = 5)"]
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def test_attention_has_a_facet_a_head_and_leaves_the_mask_blank(patterns):
+    figure = plots.attention(patterns, heads=[(0, 0), (1, 2)], prompt=1)
+    assert [note.text for note in figure.layout.annotations] == ["L0H0", "L1H2"]
+    first = np.array(figure.data[1].z, dtype=float)
+    np.testing.assert_allclose(first[2, :3], patterns[1, 1, 2, 2, :3], rtol=1e-3)
+    assert np.isnan(first[np.triu_indices(len(TOKENS), 1)]).all()
+    axis = figure.layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (0.0, 1.0) and axis.colorbar.title.text == "attention probability"
+    assert len(plots.attention(patterns).data) == 6
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # the first token at the top
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_the_wrong_shape_is_refused_with_what_there_is(effect, parts, patterns):
+    with pytest.raises(ValueError, match=r"this result has \(layer\)"):
+        plots.heatmap(effect.isel(pos=0))
+    with pytest.raises(ValueError, match="or use heatmap"):
+        plots.bars(effect)
+    with pytest.raises(ValueError, match="one value a prompt"):
+        plots.distribution({"a": effect})
+    with pytest.raises(ValueError, match="12 values but 2 labels"):
+        plots.distribution(effect.sel(layer=1, pos=3), by=["a", "b"])
+    with pytest.raises(ValueError, match="L7H7"):
+        plots.attention(patterns, heads=[(7, 7)])
+    with pytest.raises(ValueError, match="choose 1 to"):
+        plots.attention(patterns, heads=[])
+    with pytest.raises(ValueError, match="layer, head, query and key"):
+        plots.attention(effect)
+    many = xr.DataArray(np.zeros((9, 2)), dims=("head", "step"))
+    with pytest.raises(ValueError, match="9 lines"):
+        plots.lines(many)
+
+
+# ------------------------------------------------------------------------------------------------ notebooks
+
+
+
+@pytest.fixture
+def renderers(monkeypatch):
+    import plotly.io as pio
+
+    before = pio.renderers.default
+    monkeypatch.delenv("PLOTLY_RENDERER", raising=False)
+    yield pio.renderers
+    pio.renderers.default = before
+
+
+@pytest.mark.parametrize(
+    ("colab", "default", "forms"),
+    [
+        (False, "mi_utils", {plots.MIME, "image/svg+xml"}),
+        (True, "colab+mi_utils", {plots.MIME, "image/svg+xml", "text/html"}),
+    ],
+)
+def test_a_stored_figure_has_a_form_for_every_reader(colab, default, forms, renderers, monkeypatch, effect):
+    if colab:
+        monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    plots.setup()
+    assert renderers.default == default
+    bundle = renderers._build_mime_bundle(plots.heatmap(effect).to_dict())
+    assert set(bundle) == forms and bundle["image/svg+xml"].startswith("<svg")
+    json.dumps(bundle)  # as a notebook stores it
+
+
+def test_a_renderer_that_was_asked_for_is_left_alone(renderers, monkeypatch):
+    renderers.default = "json"
+    monkeypatch.setenv("PLOTLY_RENDERER", "json")
+    plots.setup()
+    assert renderers.default == "json"
+
+
+@pytest.mark.parametrize(("shell", "notebook"), [(None, False), (object(), False), (SimpleNamespace(kernel=1), True)])
+def test_only_a_notebook_is_set_up(monkeypatch, shell, notebook):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert plots._in_notebook() is notebook

@@ -1,0 +1,153 @@
+"""What the repository says about itself: slug, badges, links, pins, commands, no trace of anyone's machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SLUG = PROJECT["project"]["urls"]["Repository"].removeprefix("https://github.com/")
+COLAB = re.compile(r"https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+\.ipynb)")
+INSTALL = re.compile(r"git\+https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?(?=[\s\"'@]|$)")
+
+
+def repository_files() -> list[Path]:
+    """Files that are tracked, or would be added: what git ignores is nobody's business."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+FILES = repository_files()
+NOTEBOOKS = [path for path in FILES if path.suffix == ".ipynb"]
+PAGES = [path for path in FILES if path.suffix == ".md"]
+
+
+def notebook_text(path: Path) -> str:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+# ---------------------------------------------------------------- slug, badges, install cells
+
+
+def test_the_slug_has_the_right_form():
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", SLUG)
+
+
+def test_the_slug_stands_in_one_place_beside_badges_and_install_cells():
+    others = [path for path in FILES if path not in PAGES + NOTEBOOKS and path.suffix not in (".safetensors", ".pt")]
+    naming = [path.relative_to(ROOT).as_posix() for path in others if SLUG.encode() in path.read_bytes()]
+    assert naming == ["pyproject.toml"]
+
+
+@pytest.mark.parametrize("path", PAGES + NOTEBOOKS, ids=lambda path: path.name)
+def test_badges_and_install_cells_name_this_repository(path):
+    text = notebook_text(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    for slug, target in COLAB.findall(text):
+        assert slug == SLUG
+        assert (ROOT / target).is_file(), f"badge to {target}, which does not exist"
+        if path.suffix == ".ipynb":
+            assert target == path.relative_to(ROOT).as_posix(), "badge of another notebook"
+    for slug in INSTALL.findall(text):
+        assert slug == SLUG
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_every_notebook_has_a_badge(path):
+    assert COLAB.search(notebook_text(path))
+
+
+def test_readme_has_a_badge_for_every_notebook():
+    linked = {target for _, target in COLAB.findall((ROOT / "README.md").read_text())}
+    assert linked == {path.relative_to(ROOT).as_posix() for path in NOTEBOOKS}
+
+
+def test_the_checks_see_a_foreign_slug():
+    assert COLAB.search(f"https://colab.research.google.com/github/{SLUG}/blob/main/notebooks/01_a.ipynb")[1] == SLUG
+    assert INSTALL.search('!pip install "mi @ git+https://github.com/some/fork.git"')[1] == "some/fork"
+
+
+# ---------------------------------------------------------------- pins and ranges
+
+
+def pins() -> dict[str, str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return dict(line.split("==") for line in lines if line)
+
+
+def ranges() -> dict[str, Requirement]:
+    project = PROJECT["project"]
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+@pytest.mark.parametrize(("name", "version"), pins().items())
+def test_every_pin_lies_in_its_range(name, version):
+    assert ranges()[name].specifier.contains(version)
+
+
+def test_every_range_is_pinned():
+    assert set(ranges()) == set(pins())
+
+
+# ---------------------------------------------------------------- links and commands
+
+
+def link_targets(path: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path):
+    for target in link_targets(path):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (path.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_in_pages_exist(path):
+    from mi_utils.__main__ import app
+
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", path.read_text(encoding="utf-8"), flags=re.DOTALL))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z]+)", code):
+        assert target in targets, f"make {target}"
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    for command in re.findall(r"python -m mi_utils ([a-z-]+)", code):
+        assert command in commands, f"python -m mi_utils {command}"
+
+
+def test_the_promised_files_are_there():
+    names = "README.md LICENSE CLAUDE.md Makefile pyproject.toml requirements.txt environment.yml .ci/run".split()
+    for name in [*names, ".github/workflows/test.yml", "references/vocabulary.md"]:
+        assert (ROOT / name).is_file(), name
+
+
+# ---------------------------------------------------------------- nobody's machine
+
+MACHINE_PATH = re.compile(rb"(?<![\w.:/~-])/(?:home|Users|root|work|tmp|mnt)/[\w.-]+|[A-Z]:\\+Users\\+\w+")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_names_a_path_of_someones_machine(path):
+    found = MACHINE_PATH.findall(path.read_bytes()) if path.suffix != ".safetensors" else []
+    assert not found
+
+
+def test_the_path_check_sees_one():
+    assert MACHINE_PATH.search(b'File "' + b"/" + b'home/someone/x.py"')
+    assert not MACHINE_PATH.search(b"https://example.org/home/page and ~/work/x")
+
+
+def test_assets_stay_small():
+    assets = [path for path in FILES if "assets" in path.parts]
+    assert sum(path.stat().st_size for path in assets) < 40e6
