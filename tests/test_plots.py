@@ -248,7 +248,6 @@ def test_the_wrong_shape_is_refused_with_what_there_is(effect, parts, patterns):
 # ------------------------------------------------------------------------------------------------ notebooks
 
 
-
 @pytest.fixture
 def renderers(monkeypatch):
     import plotly.io as pio
