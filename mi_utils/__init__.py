@@ -18,6 +18,8 @@ _HOMES = {
     "patching": ("NothingChanged", "ablate", "patch_sweep"),
     "attribution": ("direct_logit_attribution",),
     "heads": ("attention_patterns", "head_scores"),
+    "ov_qk": ("composition_scores", "copying_scores", "matching_scores", "ov_circuit", "score_parts", "weight_scores"),
+    "naming": ("HeadReport", "head_report"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

@@ -65,6 +65,10 @@ QUANTITIES = {
     "previous_token": Quantity("previous-token score", limit=1.0),
     "duplicate_token": Quantity("duplicate-token score", limit=1.0),
     "prefix_matching": Quantity("prefix-matching score", limit=1.0),
+    "copying": Quantity("copying score (1 = copies, \u22121 = anti-copies)", True, 1.0, "copying score"),
+    "matching": Quantity("matching score (1 = seeks its own token)", True, 1.0, "matching score"),
+    "OV circuit": Quantity("OV circuit (logits, unscaled)", True),
+    "attention score": Quantity("attention score (nats)", True),
 }
 
 
