@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Ids = Sequence[int] | Int[Tensor, " token"] | np.ndarray
 EMBEDDINGS = ("direct", "effective")
 COMPOSITIONS = ("q", "k", "v")
-PARTS = ("component", "head")
+PARTS = ("component", "head", "moved")
 
 
 class NotInTheWeights(ValueError):
@@ -411,7 +411,9 @@ def score_parts(
 
     Args:
         tokens: with BOS, as ``pairs.clean_tokens``.
-        by: "component", or "head" to take earlier attention apart into heads.
+        by: "component"; "head" to take earlier attention apart into heads; or "moved" to take the first layer's apart
+            into the token embeddings and the position embeddings that its heads moved ("moved token", "moved
+            position"), so that a key that knows its predecessor can be told from one that knows a place.
 
     Returns:
         Dims (prompt, query_part, key_part, query, key), in nats of log odds; sums over both parts to the score before
@@ -460,16 +462,30 @@ def _writers(model: Any, tokens: Tensor, layer: int, by: str) -> dict[str, Float
     if layer == 0:
         return written
     cached = models.cache(model, tokens, ["z" if by == "head" else "attn_out", "mlp_out"], layers=range(layer))
+    if by == "moved":
+        written |= _moved(model, tokens, start, written)
+        written["attn bias L0"] = cached["attn_out", 0].float() - written["moved token"] - written["moved position"]
     for earlier in range(layer):
         if by == "head":
             z, w_o = cached["z", earlier].float(), models.W_O(model, earlier).float()
             for head in range(w_o.shape[0]):
                 written[f"L{earlier}H{head}"] = z[:, :, head] @ w_o[head]
             written[f"attn bias L{earlier}"] = models.b_O(model, earlier).float().expand_as(start)
-        else:
+        elif by != "moved" or earlier > 0:
             written[f"attn L{earlier}"] = cached["attn_out", earlier].float()
         written[f"mlp L{earlier}"] = cached["mlp_out", earlier].float()
     return written
+
+
+def _moved(model: Any, tokens: Tensor, start: Tensor, read: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the first layer's heads wrote, by which of the embeddings they read it from; biases left out."""
+    norm = models.attention_norm(model, 0)
+    centred = start - start.mean(-1, keepdim=True) if norm.centred else start
+    scale = (centred.pow(2).mean(-1, keepdim=True) + norm.epsilon).sqrt()
+    pattern = models.cache(model, tokens, ["pattern"], layers=[0])["pattern", 0].float()
+    w_v, w_o = ov_factors(model, 0)
+    values = {name: torch.einsum("pkm,hmd->phkd", part / scale, w_v) for name, part in read.items()}
+    return {f"moved {name}": torch.einsum("phqd,hdm->pqm", pattern @ value, w_o) for name, value in values.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ details

@@ -431,6 +431,7 @@ def _labels(result: xr.DataArray, dim: str) -> list[str]:
 def _shorten(text: str, most: int = 24) -> str:
     """One line, not too long, and no markup to plotly."""
     text = text.replace("\n", "↵").replace("\t", "⇥")
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)  # XML allows no control codes
     return escape(text if len(text) <= most else text[: most - 1] + "…", quote=False)
 
 
