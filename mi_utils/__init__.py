@@ -22,6 +22,8 @@ _HOMES = {
         "activations", "agreement_documents", "agreement_pairs", "corpus_tokens", "difference_in_means", "erase",
         "label_tokens", "probe", "random_direction", "steer",
     ),
+    "ov_qk": ("composition_scores", "copying_scores", "matching_scores", "ov_circuit", "score_parts", "weight_scores"),
+    "naming": ("HeadReport", "head_report"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

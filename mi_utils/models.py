@@ -461,6 +461,12 @@ SITES = {
     "pattern": "blocks.{}.attn.hook_pattern",
 }
 
+# Read by the techniques, and not patched: see ``cache``.
+READ_SITES = {
+    "attn_scores": "blocks.{}.attn.hook_attn_scores",
+    "mlp_post": "blocks.{}.mlp.hook_post",
+}
+
 
 def hook_name(site: str, layer: int) -> str:
     """The name of a site's hook, as :func:`run_with_hooks` takes it.
@@ -510,9 +516,11 @@ def cache(
     """Run the model and keep the activations asked for, and nothing else (copies, so that no larger tensor stays).
 
     Args:
-        sites: see :func:`hook_name`.
+        sites: see :func:`hook_name`; also attn_scores [prompt, head, query, key] (scaled, before the softmax) and
+            mlp_post [prompt, pos, d_mlp] (what the MLP's neurons hold, before its output matrix).
         layers: all by default. The run ends after the last one asked for.
-        positions: which to keep, negative ones counted from the end; of a pattern, the query's. All by default.
+        positions: which to keep, negative ones counted from the end; of a pattern or scores, the query's. All by
+            default.
 
     Returns:
         (site, layer) to activation, detached.
@@ -532,12 +540,16 @@ def cache(
     def keep(site: str, layer: int) -> Hook:
         def hook(activation: Tensor, hook: Any) -> None:
             if positions is not None:
-                activation = activation[:, :, list(positions)] if site == "pattern" else activation[:, list(positions)]
+                by_query = site in ("pattern", "attn_scores")
+                activation = activation[:, :, list(positions)] if by_query else activation[:, list(positions)]
             kept[site, layer] = activation.detach().clone()
 
         return hook
 
-    with _hooks(model, [(hook_name(site, layer), keep(site, layer)) for site in sites for layer in layers]):
+    def name(site: str, layer: int) -> str:
+        return READ_SITES[site].format(layer) if site in READ_SITES else hook_name(site, layer)
+
+    with _hooks(model, [(name(site, layer), keep(site, layer)) for site in sites for layer in layers]):
         run(model, tokens, stop_at_layer=max(layers) + 1)
     return kept
 
@@ -600,8 +612,8 @@ def _hook_point(model: Any, name: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-class FinalNorm(NamedTuple):
-    """The last normalisation: ``weight * (x - mean x if centred) / sqrt(mean square + epsilon) + bias``."""
+class Norm(NamedTuple):
+    """A normalisation: ``weight * (x - mean x if centred) / sqrt(mean square + epsilon) + bias``."""
 
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"]
@@ -609,17 +621,25 @@ class FinalNorm(NamedTuple):
     centred: bool
 
 
-def final_norm(model: Any) -> FinalNorm:
+def final_norm(model: Any) -> Norm:
     """The last LayerNorm (centred) or RMSNorm. Folded into the unembedding it has weight 1 and bias 0."""
+    return _norm(model, model.ln_final)
+
+
+def attention_norm(model: Any, layer: int) -> Norm:
+    """The normalisation through which a layer's heads read the stream. Folded into them it has weight 1 and bias 0."""
+    return _norm(model, model.blocks[layer].ln1)
+
+
+def _norm(model: Any, norm: Any) -> Norm:
     import torch
 
-    norm = model.ln_final
     weight = norm.weight.detach()
     if getattr(model.cfg, "rmsnorm_uses_offset", False):  # Gemma stores the weight as its difference from 1
         weight = 1 + weight
     bias = getattr(norm.original_component, "bias", None)
     bias = torch.zeros_like(weight) if bias is None else bias.detach()
-    return FinalNorm(weight, bias, float(model.cfg.eps), not norm.uses_rms_norm)
+    return Norm(weight, bias, float(model.cfg.eps), not norm.uses_rms_norm)
 
 
 def unembed(model: Any, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
@@ -641,6 +661,75 @@ def position_embedding(model: Any, tokens: Int[Tensor, "prompt pos"]) -> Float[T
     with _hooks(model, [("hook_pos_embed", lambda activation, hook: kept.append(activation.detach().clone()))]):
         run(model, tokens, stop_at_layer=0)
     return kept[0].expand(*tokens.shape, -1)
+
+
+def W_E(model: Any) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
+    """Embedding, a row a token."""
+    info(model)
+    return model.embed.W_E.detach()
+
+
+def W_pos(model: Any) -> Float[Tensor, "n_ctx d_model"] | None:  # noqa: N802
+    """Position embedding, a row a position; None where positions are not added to the stream (rotary models)."""
+    info(model)
+    return model.pos_embed.W_pos.detach() if model.cfg.positional_embedding_type == "standard" else None
+
+
+def mlp(model: Any, layer: int, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    """What a layer's MLP would write if this were the stream that it reads."""
+    info(model)
+    block = model.blocks[layer]
+    return block.mlp(block.ln2(stream))
+
+
+def W_Q(model: Any, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+    """What a layer's heads take from the normalised stream as queries."""
+    return model.blocks[layer].attn.W_Q.detach()
+
+
+def W_K(model: Any, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+    """The same for keys. Heads that share theirs (grouped-query attention) each get a copy."""
+    return _for_each_head(model, model.blocks[layer].attn.W_K.detach())
+
+
+def W_V(model: Any, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+    """The same for values. Heads that share theirs (grouped-query attention) each get a copy."""
+    return _for_each_head(model, model.blocks[layer].attn.W_V.detach())
+
+
+def attention_bias(model: Any, layer: int, which: str) -> Float[Tensor, "head d_head"]:
+    """Bias of a layer's "q", "k" or "v"; zeros where there is none."""
+    bias = getattr(model.blocks[layer].attn, f"b_{which.upper()}")
+    if bias is None:
+        weight = W_Q(model, layer)
+        return weight.new_zeros(weight.shape[0], weight.shape[2])
+    return _for_each_head(model, bias.detach())
+
+
+def _for_each_head(model: Any, shared: Float[Tensor, "kv_head ..."]) -> Float[Tensor, "head ..."]:
+    return shared.repeat_interleave(info(model).shape.n_heads // shared.shape[0], dim=0)
+
+
+def W_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:  # noqa: N802
+    """What each neuron of a layer's MLP writes to the stream."""
+    info(model)
+    return model.blocks[layer].mlp.W_out.detach()
+
+
+def b_out(model: Any, layer: int) -> Float[Tensor, " d_model"]:
+    """Bias of a layer's MLP output; zeros where there is none."""
+    import torch
+
+    bias = model.blocks[layer].mlp.b_out
+    return torch.zeros_like(final_norm(model).bias) if bias is None else bias.detach()
+
+
+def scores_are_bilinear(model: Any) -> bool:
+    """Whether attention scores are a product of query and key as the weights give them: nothing turns them by
+    position (rotary), biases them by distance (ALiBi) or normalises them in between."""
+    info(model)
+    normed = any(getattr(model.blocks[0].attn, name, None) is not None for name in ("q_norm", "k_norm"))
+    return model.cfg.positional_embedding_type == "standard" and not normed
 
 
 def W_O(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802

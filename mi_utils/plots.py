@@ -71,6 +71,10 @@ QUANTITIES = {
     "previous_token": Quantity("previous-token score", limit=1.0),
     "duplicate_token": Quantity("duplicate-token score", limit=1.0),
     "prefix_matching": Quantity("prefix-matching score", limit=1.0),
+    "copying": Quantity("copying score (1 = copies, \u22121 = anti-copies)", True, 1.0, "copying score"),
+    "matching": Quantity("matching score (1 = seeks its own token)", True, 1.0, "matching score"),
+    "OV circuit": Quantity("OV circuit (logits, unscaled)", True),
+    "attention score": Quantity("attention score (nats)", True),
 }
 
 
@@ -444,6 +448,7 @@ def _labels(result: xr.DataArray, dim: str) -> list[str]:
 def _shorten(text: str, most: int = 24) -> str:
     """One line, not too long, and no markup to plotly."""
     text = text.replace("\n", "↵").replace("\t", "⇥")
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)  # XML allows no control codes
     return escape(text if len(text) <= most else text[: most - 1] + "…", quote=False)
 
 

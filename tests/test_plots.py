@@ -81,6 +81,12 @@ def test_axes_are_named_and_the_figure_is_small_and_plain(every_kind, kind):
     assert len(text) < 30_000 and "bdata" not in text and "http" not in text  # plain lists: read by any plotly
 
 
+def test_control_characters_of_byte_tokens_do_not_break_the_still_picture():
+    coords = {"token": ("pos", ["0 \x05", "1 \x10a"])}
+    data = xr.DataArray(np.eye(2), dims=("layer", "pos"), coords=coords, name="effect")
+    ET.fromstring(svg.draw(plots.heatmap(data).to_plotly_json()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_still_picture_is_of_plain_elements_and_holds_every_label(every_kind, kind):
     figure = every_kind[kind]
