@@ -223,6 +223,7 @@ def test_a_killed_run_resumes_at_the_first_unfinished_notebook(notebooks, sent):
         env=os.environ | {"PYTHONPATH": str(Path(course.__file__).parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     deadline = time.monotonic() + 90
     while not (notebooks / "started").exists() and time.monotonic() < deadline:
