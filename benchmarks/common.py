@@ -62,7 +62,7 @@ def _tokenizer() -> Any:
 
 
 def gpt2_small_shaped(device: str = "cpu", dtype: str = "float32", seed: int = 0) -> tuple[Any, Any]:
-    """(our model, the Hugging Face model) with the same random weights in GPT-2 small's shapes, every parameter drawn."""
+    """(our model, the Hugging Face model) with the same random weights, in GPT-2 small's shapes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from mi_utils import load_model
@@ -100,7 +100,7 @@ def hooked_transformer(hf_model: Any) -> Any:
 
 
 def prompt_pairs(model: Any, n: int, differ: tuple[int, ...], n_tokens: int = N_TOKENS, seed: int = 0) -> Any:
-    """Pairs of random words in which the tokens at ``differ`` are others in the corrupted prompt (position 0 is BOS)."""
+    """Pairs of random words; the corrupted prompt has other tokens at the positions ``differ`` (0 is BOS)."""
     from mi_utils import PromptPairs
 
     generator = torch.Generator().manual_seed(seed)
@@ -180,7 +180,7 @@ def _seconds(value: float) -> str:
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| work | peer | threads | theirs | ours | ratio | bar | FLOP bound | share of the limit | largest difference |",
+        "| work | peer | threads | theirs | ours | ratio | bar | FLOP bound | share of limit | largest difference |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

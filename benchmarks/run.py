@@ -48,7 +48,8 @@ def machine() -> str:
         f"{name} {about['packages'][name]}" for name in ("torch", "transformers", "transformer-lens", "numpy")
     )
     commit = (about["commit"] or "no commit")[:12]
-    return f"{_processor() or about['device']}, {about['cpu_count']} cores; Python {about['python']}, {packages}; {commit}."
+    where = f"{_processor() or about['device']}, {about['cpu_count']} cores"
+    return f"{where}; Python {about['python']}, {packages}; {commit}."
 
 
 def _processor() -> str:
