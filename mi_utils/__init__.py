@@ -17,7 +17,11 @@ _HOMES = {
     "lens": ("logit_lens",),
     "patching": ("NothingChanged", "ablate", "patch_sweep"),
     "attribution": ("direct_logit_attribution",),
+    "gradients": ("attribution_patch",),
+    "graph": ("CannotDecompose", "Graph"),
+    "paths": ("path_patch",),
     "heads": ("attention_patterns", "head_scores"),
+    "circuits": ("Circuit", "eap", "eap_ig", "faithfulness_curve", "nested_circuits"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

@@ -226,9 +226,17 @@ def _rows(graph: Graph, site: str, layer: int) -> range:
     if site == "embed":
         return range(1)
     first = 1 + layer * (graph.n_heads + 1)
-    return (
-        range(first, first + graph.n_heads) if site == "z" else range(first + graph.n_heads, first + graph.n_heads + 1)
-    )
+    after = first + graph.n_heads
+    return range(first, after) if site == "z" else range(after, after + 1)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """In single precision at least: the products sum over many positions and features."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _heads_first(activation: Float[Tensor, "prompt pos head feature"]) -> Float[Tensor, "head token feature"]:
+    return activation.flatten(0, 1).transpose(0, 1)
 
 
 class _GradientSums:
@@ -283,9 +291,7 @@ class _GradientSums:
                     products = (difference * self.total[name]).sum(-1).sum(1)  # over features and positions
                     found[:, rows.start : rows.stop] = products.reshape(n_prompts, -1)
             return found
-        found = differences["embed", -1].new_zeros(
-            n_prompts, len(graph.senders), len(graph.receivers), dtype=torch.float32
-        )
+        found = _full(differences["embed", -1]).new_zeros(n_prompts, len(graph.senders), len(graph.receivers))
         for part in torch.arange(n_prompts).split(_prompts_at_once(graph, n_pos, d_model, found.device)):
             written = _written(self.model, graph, {name: each[part] for name, each in differences.items()}, senders)
             self._products(written, senders, part, found)
@@ -312,16 +318,16 @@ class _GradientSums:
         norm = models.attention_norm(self.model, layer)
         n_heads, (n_pos, d_model) = self.graph.n_heads, self.total["logits"].shape[1:]
         n_tokens = len(part) * n_pos
-        at_inputs = self.total["logits"].new_empty(len(CHANNELS), n_heads, n_tokens, d_model, dtype=torch.float32)
+        at_inputs = _full(self.total["logits"]).new_empty(len(CHANNELS), n_heads, n_tokens, d_model)
         for number, weight in enumerate(models.W_QKV(self.model, layer)):
-            weight = weight.float() * norm.weight.float()[:, None]
+            weight = _full(weight) * _full(norm.weight)[:, None]
             if norm.centred:
                 weight = weight - weight.mean(1, keepdim=True)
-            gradient = _heads_first(self.total[CHANNELS[number], layer][part].float())
+            gradient = _heads_first(_full(self.total[CHANNELS[number], layer][part]))
             torch.bmm(gradient, weight.transpose(1, 2), out=at_inputs[number])
             for normal, shares in self.along_stream[layer]:
-                share = shares[number][part].float().reshape(n_tokens, n_heads).T / d_model
-                at_inputs[number].addcmul_(share[..., None], normal[part].float().reshape(n_tokens, d_model), value=-1)
+                share = _full(shares[number][part]).reshape(n_tokens, n_heads).T / d_model
+                at_inputs[number].addcmul_(share[..., None], _full(normal[part]).reshape(n_tokens, d_model), value=-1)
         return at_inputs.view(-1, len(part), n_pos, d_model)
 
 
@@ -336,7 +342,7 @@ def _written(
 ) -> Float[Tensor, "sender prompt pos d_model"]:
     """What these senders add to the residual stream, from the heads' z and the rest as it is."""
     n_prompts, n_pos, d_model = outputs["embed", -1].shape
-    written = outputs["embed", -1].new_empty(len(senders), n_prompts, n_pos, d_model, dtype=torch.float32)
+    written = _full(outputs["embed", -1]).new_empty(len(senders), n_prompts, n_pos, d_model)
     for (site, layer), output in outputs.items():
         rows = _rows(graph, site, layer)
         if rows.start not in senders:
@@ -344,8 +350,8 @@ def _written(
         there = written[rows.start - senders.start : rows.stop - senders.start]
         if site == "z":
             torch.bmm(
-                _heads_first(output.float()),
-                models.W_O(model, layer).float(),
+                _heads_first(_full(output)),
+                _full(models.W_O(model, layer)),
                 out=there.view(graph.n_heads, -1, d_model),
             )
         else:
@@ -358,7 +364,7 @@ def _multiply(
 ) -> None:
     last = min(upstream, senders.stop)
     senders_first = written[: last - senders.start].flatten(2).transpose(0, 1)  # [prompt, sender, pos * d_model]
-    receivers = gradients.float().flatten(2).permute(1, 2, 0)
+    receivers = _full(gradients).flatten(2).permute(1, 2, 0)
     found[part, senders.start : last, column : column + len(gradients)] = torch.bmm(senders_first, receivers)
 
 
