@@ -177,7 +177,7 @@ def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
     n_layers, name = models.info(model).shape.n_layers, models.info(model).name
     kept = models.cache(model, tokens[:1], ["resid_pre", "resid_mid", "z", "attn_out", "mlp_out", *CHANNELS])
     total = kept["resid_pre", 0]
-    loose = 1e-3 if total.dtype == torch.float32 else 0.1
+    loose = 1e-3 if total.dtype in (torch.float32, torch.float64) else 0.1
 
     def differ(found: Tensor, expected: Tensor) -> bool:
         return not float((found - expected).abs().max()) <= loose * (1 + float(expected.abs().max()))
