@@ -24,7 +24,17 @@ from torch import Tensor
 
 from mi_utils import metrics, models
 from mi_utils.gradients import differentiate, labelled, numpy, prompts_per_pass, record, stream_metric
-from mi_utils.graph import CHANNELS, Graph, check_decomposition, head_name, mlp_name, normalise, owner, place
+from mi_utils.graph import (
+    CHANNELS,
+    Graph,
+    check_decomposition,
+    head_name,
+    mlp_name,
+    normalise,
+    owner,
+    place,
+    reading_weights,
+)
 from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
 
@@ -270,8 +280,8 @@ class _GradientSums:
             centred = stream - stream.mean(-1, keepdim=True) if norm.centred else stream
             scale = (centred.pow(2).mean(-1, keepdim=True) + norm.epsilon).sqrt()
             shares = []
-            weights = zip(CHANNELS, models.W_QKV(self.model, layer), models.b_QKV(self.model, layer), strict=True)
-            for channel, weight, bias in weights:
+            for channel in CHANNELS:
+                weight, bias = reading_weights(self.model, layer, channel)
                 gradient = gradients[channel, layer] / scale[..., None]
                 self._sum((channel, layer), gradient)
                 if norm.bias.any():
@@ -319,11 +329,11 @@ class _GradientSums:
         n_heads, (n_pos, d_model) = self.graph.n_heads, self.total["logits"].shape[1:]
         n_tokens = len(part) * n_pos
         at_inputs = _full(self.total["logits"]).new_empty(len(CHANNELS), n_heads, n_tokens, d_model)
-        for number, weight in enumerate(models.W_QKV(self.model, layer)):
-            weight = _full(weight) * _full(norm.weight)[:, None]
+        for number, channel in enumerate(CHANNELS):
+            weight = _full(reading_weights(self.model, layer, channel)[0]) * _full(norm.weight)[:, None]
             if norm.centred:
                 weight = weight - weight.mean(1, keepdim=True)
-            gradient = _heads_first(_full(self.total[CHANNELS[number], layer][part]))
+            gradient = _heads_first(_full(self.total[channel, layer][part]))
             torch.bmm(gradient, weight.transpose(1, 2), out=at_inputs[number])
             for normal, shares in self.along_stream[layer]:
                 share = _full(shares[number][part]).reshape(n_tokens, n_heads).T / d_model
@@ -436,7 +446,7 @@ def _run_edges(
                 if not read:
                     streams = inputs(different, base.activations["resid_pre", layer])
                     read.append(normalise(norm, streams) * norm.weight + norm.bias)
-                weight, bias = (each[number] for each in (models.W_QKV(model, layer), models.b_QKV(model, layer)))
+                weight, bias = reading_weights(model, layer, CHANNELS[number])
                 streams = read[0][which[number]].flatten(1, 2)  # [head, prompt * pos, d_model]
                 found = torch.baddbmm(bias[:, None], streams, weight)
                 return found.view(graph.n_heads, n_prompts, n_pos, -1).permute(1, 2, 0, 3).to(activation)
