@@ -21,7 +21,8 @@ _HOMES = {
     "graph": ("CannotDecompose", "Graph"),
     "paths": ("path_patch",),
     "heads": ("attention_patterns", "head_scores"),
-    "circuits": ("Circuit", "eap", "eap_ig", "faithfulness_curve", "nested_circuits"),
+    "edges": ("eap", "eap_ig"),
+    "circuits": ("Circuit", "faithfulness_curve", "nested_circuits"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

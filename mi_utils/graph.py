@@ -98,6 +98,14 @@ class Graph:
         """Edge to its place in ``edges``."""
         return {edge: i for i, edge in enumerate(self.edges)}
 
+    def rows(self, site: str, layer: int) -> range:
+        """The senders that write at a site: the embeddings ("embed"), a layer's heads ("z") or its MLP ("mlp_out")."""
+        if site == "embed":
+            return range(1)
+        first = 1 + layer * (self.n_heads + 1)
+        after = first + self.n_heads
+        return range(first, after) if site == "z" else range(after, after + 1)
+
     @classmethod
     def of(cls, model: Any) -> Graph:
         """The graph of a model.
@@ -158,14 +166,18 @@ def head_of(name: str) -> int:
 # ------------------------------------------------------------------------------- how a head reads the stream
 
 
-def normalise(norm: Norm, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """The normalised stream before weight and bias."""
+def normalise(
+    norm: Norm, stream: Float[Tensor, "... d_model"]
+) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, "... 1"]]:
+    """The normalised stream before weight and bias, and what it was divided by."""
     centred = stream - stream.mean(-1, keepdim=True) if norm.centred else stream
-    return centred / _scale(norm, centred)
+    scale = (centred.pow(2).mean(-1, keepdim=True) + norm.epsilon).sqrt()
+    return centred / scale, scale
 
 
-def _scale(norm: Norm, centred: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
-    return (centred.pow(2).mean(-1, keepdim=True) + norm.epsilon).sqrt()
+def read(norm: Norm, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    """What comes out of a normalisation."""
+    return normalise(norm, stream)[0] * norm.weight + norm.bias
 
 
 def reading_weights(
@@ -174,6 +186,17 @@ def reading_weights(
     """Weight and bias by which a layer's heads make their q, k or v of the normalised stream."""
     weight = {"q": models.W_Q, "k": models.W_K, "v": models.W_V}[channel](model, layer)
     return weight, models.attention_bias(model, layer, channel)
+
+
+def heads_first(activation: Float[Tensor, "prompt pos head feature"]) -> Float[Tensor, "head token feature"]:
+    """Heads first, all tokens in a row: the layout of a batched matrix product."""
+    return activation.flatten(0, 1).transpose(0, 1)
+
+
+def prompts_at_once(graph: Graph, n_pos: int, d_model: int, device: torch.device) -> int:
+    """So many that what all senders write on them takes 32 MB on a CPU, 512 MB on a GPU."""
+    budget = (2**23 if device.type == "cpu" else 2**27) // (len(graph.senders) * n_pos * d_model)
+    return max(1, budget)
 
 
 def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
@@ -192,10 +215,10 @@ def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
 
     for layer in range(n_layers):
         norm = models.attention_norm(model, layer)
-        read = normalise(norm, kept["resid_pre", layer]) * norm.weight + norm.bias
+        normed = read(norm, kept["resid_pre", layer])
         for channel in CHANNELS:
             weight, bias = reading_weights(model, layer, channel)
-            if differ(torch.einsum("ptd,hdk->pthk", read, weight) + bias, kept[channel, layer]):
+            if differ(torch.einsum("ptd,hdk->pthk", normed, weight) + bias, kept[channel, layer]):
                 raise CannotDecompose(f"{name}: {channel} of layer {layer} is not weight times normalised stream.")
         heads = torch.einsum("pthk,hkd->ptd", kept["z", layer], models.W_O(model, layer))
         total = total + heads + models.b_O(model, layer)

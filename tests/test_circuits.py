@@ -7,7 +7,8 @@ import torch
 from plain_circuits import PlainGraph
 
 from mi_utils import models
-from mi_utils.circuits import Circuit, eap, eap_ig, faithfulness_curve, nested_circuits
+from mi_utils.circuits import Circuit, faithfulness_curve, nested_circuits
+from mi_utils.edges import eap, eap_ig
 from mi_utils.graph import CannotDecompose, Graph
 from mi_utils.models import load_model
 from mi_utils.patching import NothingChanged
