@@ -37,7 +37,7 @@ from mi_utils.graph import (
     prompts_at_once,
     read,
     reading_weights,
-)  # fmt: skip
+)
 from mi_utils.prompts import PromptPairs
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from mi_utils.graph import (
     normalise,
     prompts_at_once,
     reading_weights,
-)  # fmt: skip
+)
 from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
 
