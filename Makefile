@@ -7,7 +7,7 @@ SEEDS := 0 1 2
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test lab train bench
+.PHONY: run test lab outputs train bench
 
 run: $(STAMP)
 	$(BIN)/python -m mi_utils run
@@ -20,6 +20,12 @@ test: $(STAMP)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=.
+
+# Run the notebooks from fresh kernels, top to bottom, and store what they print and draw.
+outputs: $(STAMP)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-output --keep-count notebooks/*.ipynb
+	$(BIN)/python docs/picture.py
 
 train: $(STAMP)
 	$(BIN)/python -m mi_utils.smallworld.train --seed $(SEEDS)

@@ -461,6 +461,12 @@ SITES = {
     "pattern": "blocks.{}.attn.hook_pattern",
 }
 
+# Read by the techniques, and not patched: see ``cache``.
+READ_SITES = {
+    "attn_scores": "blocks.{}.attn.hook_attn_scores",
+    "mlp_post": "blocks.{}.mlp.hook_post",
+}
+
 
 def hook_name(site: str, layer: int) -> str:
     """The name of a site's hook, as :func:`run_with_hooks` takes it.
@@ -510,9 +516,11 @@ def cache(
     """Run the model and keep the activations asked for, and nothing else (copies, so that no larger tensor stays).
 
     Args:
-        sites: see :func:`hook_name`.
+        sites: see :func:`hook_name`; also attn_scores [prompt, head, query, key] (scaled, before the softmax) and
+            mlp_post [prompt, pos, d_mlp] (what the MLP's neurons hold, before its output matrix).
         layers: all by default. The run ends after the last one asked for.
-        positions: which to keep, negative ones counted from the end; of a pattern, the query's. All by default.
+        positions: which to keep, negative ones counted from the end; of a pattern or scores, the query's. All by
+            default.
 
     Returns:
         (site, layer) to activation, detached.
@@ -532,12 +540,16 @@ def cache(
     def keep(site: str, layer: int) -> Hook:
         def hook(activation: Tensor, hook: Any) -> None:
             if positions is not None:
-                activation = activation[:, :, list(positions)] if site == "pattern" else activation[:, list(positions)]
+                by_query = site in ("pattern", "attn_scores")
+                activation = activation[:, :, list(positions)] if by_query else activation[:, list(positions)]
             kept[site, layer] = activation.detach().clone()
 
         return hook
 
-    with _hooks(model, [(hook_name(site, layer), keep(site, layer)) for site in sites for layer in layers]):
+    def name(site: str, layer: int) -> str:
+        return READ_SITES[site].format(layer) if site in READ_SITES else hook_name(site, layer)
+
+    with _hooks(model, [(name(site, layer), keep(site, layer)) for site in sites for layer in layers]):
         run(model, tokens, stop_at_layer=max(layers) + 1)
     return kept
 

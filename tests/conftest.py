@@ -81,6 +81,36 @@ def tiny(tiny_dir):
 
 
 @pytest.fixture(scope="session")
+def architectures(tmp_path_factory):
+    """Small random models of other kinds: grouped-query attention with rotary positions, RMSNorm and gated MLPs, and
+    rotary positions with attention and MLP in parallel."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from mi_utils.models import load_model
+
+    tokenizer = byte_level_tokenizer()
+    sizes = {
+        "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.bos_token_id,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "initializer_range": 0.3,
+    }  # fmt: skip
+    kinds = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes)),
+        "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)),
+    }
+    loaded = {}
+    for name, build in kinds.items():
+        directory = tmp_path_factory.mktemp(name)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            build().save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        loaded[name] = load_model(str(directory))
+    return loaded
+
+
+@pytest.fixture(scope="session")
 def hub_cache(tmp_path_factory) -> Path:
     """$HF_HOME with GPT-2 small in its exact shapes, under both of its hub ids, as a download would have left it."""
     home = tmp_path_factory.mktemp("hf_home")

@@ -91,6 +91,12 @@ def test_axes_are_named_and_the_figure_is_small_and_plain(every_kind, kind):
     assert len(text) < 30_000 and "bdata" not in text and "http" not in text  # plain lists: read by any plotly
 
 
+def test_control_characters_of_byte_tokens_do_not_break_the_still_picture():
+    coords = {"token": ("pos", ["0 \x05", "1 \x10a"])}
+    data = xr.DataArray(np.eye(2), dims=("layer", "pos"), coords=coords, name="effect")
+    ET.fromstring(svg.draw(plots.heatmap(data).to_plotly_json()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_still_picture_is_of_plain_elements_and_holds_every_label(every_kind, kind):
     figure = every_kind[kind]
@@ -293,7 +299,6 @@ def test_the_wrong_shape_is_refused_with_what_there_is(effect, parts, patterns):
 # ------------------------------------------------------------------------------------------------ notebooks
 
 
-
 @pytest.fixture
 def renderers(monkeypatch):
     import plotly.io as pio
@@ -332,3 +337,16 @@ def test_a_renderer_that_was_asked_for_is_left_alone(renderers, monkeypatch):
 def test_only_a_notebook_is_set_up(monkeypatch, shell, notebook):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert plots._in_notebook() is notebook
+
+
+def test_a_heat_map_can_show_words_instead_of_numbers(effect):
+    words = xr.DataArray(np.full((3, len(TOKENS)), " <b>the", dtype=object), dims=("layer", "pos"))
+    words[0, 0] = " a word that is far too long for its cell"
+    figure = plots.heatmap(effect, words=words)
+    texts = figure.data[0].text
+    assert texts[1][1] == "&lt;b&gt;the" and texts[0][0].endswith("…")
+    assert "the" in svg.draw(figure.to_dict())
+    turned = plots.heatmap(effect, words=words.transpose("pos", "layer"))
+    assert [list(line) for line in turned.data[0].text] == [list(line) for line in texts]
+    with pytest.raises(ValueError, match="one word a cell"):
+        plots.heatmap(effect, words=words.isel(pos=slice(2)))

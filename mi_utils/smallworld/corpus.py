@@ -319,6 +319,9 @@ RELATION_FRAMES = (  # with each relation's own noun
     "the {noun} in {country} is",
     "the {noun} of {country} has the name",
     "the country {country} has the {noun} named",
+    "{country} is a land and its {noun} is",  # a country that begins the text is a token of its own, without space
+    "{country} has as its {noun}",
+    "{country} is the land where the {noun} is",
 )
 OWN_FRAMES = {
     "capital": (
