@@ -169,6 +169,8 @@ def _measure(
     """The metric of each circuit [circuit, prompt], of the whole model and of the empty circuit; and its name."""
     if ablation not in ABLATIONS:
         raise ValueError(f"Unknown ablation {ablation!r}: use {' or '.join(ABLATIONS)}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
     if ablation == "mean" and len(pairs) < 2:
         raise ValueError("Mean ablation draws on other prompts, and there is only one. Give more, or use 'corrupted'.")
     pairs.check_model(model)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 LEVELS = ("edge", "node")
 RULES = ("midpoint", "left", "right")
 VARIANTS = ("inputs", "activations")
+POINTS_AT_ONCE = 8  # whose normalised streams are kept until their scores are computed
 
 
 def eap(
@@ -193,20 +194,23 @@ class _Attribution:
         return {name: self.outputs[1.0][name] - self.outputs[0.0][name] for name in self.sender_places}
 
     def along_inputs(self, points: Sequence[float], level: str) -> Float[Tensor, "prompt _"]:
-        sums = _GradientSums(self.model, self.graph, level)
         start, end = self.embeddings[0.0], self.embeddings[1.0]
-        for point in points:
-            # At its ends the line is one of the two runs: its activations are those that would be recorded.
-            embedding = self.embeddings[point] if point in (0.0, 1.0) else start + point * (end - start)
-            places = self.sender_places | (self.receiver_places if level == "edge" else {})
-            activations, gradients, values = differentiate(
-                self.model, self.tokens[1.0], places, self.value, {("resid_pre", 0): embedding}
-            )
-            if point in (0.0, 1.0):
-                self.outputs[point] = {name: activations[name] for name in self.sender_places}
-                self.values[point] = values
-            sums.add(activations, gradients)
-        return sums.scores(self.differences(), range(len(self.graph.senders))) / len(points)
+        places = self.sender_places | (self.receiver_places if level == "edge" else {})
+        total = 0
+        for first in range(0, len(points), POINTS_AT_ONCE):
+            sums = _GradientSums(self.model, self.graph, level)
+            for point in points[first : first + POINTS_AT_ONCE]:
+                # At its ends the line is one of the two runs: its activations are those that would be recorded.
+                embedding = self.embeddings[point] if point in (0.0, 1.0) else start + point * (end - start)
+                activations, gradients, values = differentiate(
+                    self.model, self.tokens[1.0], places, self.value, {("resid_pre", 0): embedding}
+                )
+                if point in (0.0, 1.0):
+                    self.outputs[point] = {name: activations[name] for name in self.sender_places}
+                    self.values[point] = values
+                sums.add(activations, gradients)
+            total = total + sums.scores(self.differences(), range(len(self.graph.senders)))
+        return total / len(points)
 
     def along_activations(self, points: Sequence[float], level: str) -> Float[Tensor, "prompt _"]:
         differences, total = self.differences(), 0

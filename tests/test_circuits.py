@@ -419,6 +419,7 @@ def test_a_model_that_computes_otherwise_is_refused(directory):
         (lambda m, p: Circuit.from_scores(eap(m, p).drop_attrs(), 3), "no scores"),
         (lambda m, p: Circuit.full(Graph.of(m)).faithfulness(m, p, ablation="zero"), "ablation"),
         (lambda m, p: Circuit.full(Graph.of(m)).faithfulness(m, p[:1], ablation="mean"), "only one"),
+        (lambda m, p: Circuit.full(Graph.of(m)).faithfulness(m, p, batch_size=0), "batch_size"),
         (lambda m, p: Circuit.full(Graph(2, 2)).faithfulness(m, p), "another shape"),
         (lambda m, p: Circuit.full(Graph.of(m)).completeness(m, p, [["L7H0"]]), "not in the circuit"),
         (lambda m, p: Circuit.full(Graph.of(m)).minimality(m, p, by="layer"), "by="),
