@@ -24,6 +24,11 @@ _HOMES = {
     ),
     "ov_qk": ("composition_scores", "copying_scores", "matching_scores", "ov_circuit", "score_parts", "weight_scores"),
     "naming": ("HeadReport", "head_report"),
+    "gradients": ("attribution_patch",),
+    "graph": ("CannotDecompose", "Graph"),
+    "paths": ("path_patch",),
+    "edges": ("eap", "eap_ig"),
+    "circuits": ("Circuit", "faithfulness_curve", "nested_circuits"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

@@ -555,20 +555,25 @@ def cache(
 
 
 def run_with_hooks(
-    model: Any, tokens: Int[Tensor, "prompt pos"], hooks: Sequence[tuple[str, Hook]]
-) -> Float[Tensor, "prompt pos d_vocab"]:
-    """Logits of a run in which hooks read or replace activations.
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"],
+    hooks: Sequence[tuple[str, Hook]],
+    *,
+    stop_at_layer: int | None = None,
+) -> Tensor:
+    """What :func:`run` returns, from a run in which hooks read or replace activations.
 
     Args:
         hooks: (name from :func:`hook_name`, function of ``(activation, hook)``). What the function returns takes the
             activation's place; None leaves it. Each is called once, and is removed afterwards, whatever happens.
+        stop_at_layer: as in :func:`run`.
 
     Raises:
         HookNeverFired: a hook that was not called.
         ValueError: a name that the model has no hook for.
     """
     with _hooks(model, hooks):
-        return run(model, tokens)
+        return run(model, tokens, stop_at_layer=stop_at_layer)
 
 
 @contextmanager
@@ -642,12 +647,24 @@ def _norm(model: Any, norm: Any) -> Norm:
     return Norm(weight, bias, float(model.cfg.eps), not norm.uses_rms_norm)
 
 
-def unembed(model: Any, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-    """Logits that the model would give if this were its residual stream after the last block."""
+def unembed(
+    model: Any,
+    stream: Float[Tensor, "... d_model"],
+    columns: Int[Tensor, "... column"] | None = None,
+) -> Float[Tensor, "... d_vocab"]:
+    """Logits that the model would give if this were its residual stream after the last block.
+
+    With ``columns``, for each stream those of these tokens only [..., column]: a few products instead of the whole
+    vocabulary's.
+    """
     import torch
 
     info(model)
-    logits = model.unembed(model.ln_final(stream))
+    normed = model.ln_final(stream)
+    if columns is None:
+        logits = model.unembed(normed)
+    else:
+        logits = torch.einsum("...m,m...c->...c", normed, W_U(model)[:, columns]) + b_U(model)[columns]
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
