@@ -74,3 +74,16 @@ METRICS: dict[str, Callable[[PromptPairs], Metric]] = {
     "logit_diff": lambda pairs: LogitDiff(pairs.correct_ids, pairs.incorrect_ids),
     "log_prob": lambda pairs: LogProb(pairs.correct_ids),
 }
+
+
+def resolve(metric: str | Callable[[PromptPairs], Metric]) -> tuple[Callable[[PromptPairs], Metric], str]:
+    """A metric given by name or as a function of pairs, as that function and a name for the record.
+
+    Raises:
+        ValueError: no metric of that name.
+    """
+    if callable(metric):
+        return metric, f"{metric.__module__}.{getattr(metric, '__qualname__', repr(metric))}"
+    if metric not in METRICS:
+        raise ValueError(f"Unknown metric {metric!r}: there are {', '.join(METRICS)}; or pass a function of pairs.")
+    return METRICS[metric], metric

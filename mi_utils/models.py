@@ -543,20 +543,25 @@ def cache(
 
 
 def run_with_hooks(
-    model: Any, tokens: Int[Tensor, "prompt pos"], hooks: Sequence[tuple[str, Hook]]
-) -> Float[Tensor, "prompt pos d_vocab"]:
-    """Logits of a run in which hooks read or replace activations.
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"],
+    hooks: Sequence[tuple[str, Hook]],
+    *,
+    stop_at_layer: int | None = None,
+) -> Tensor:
+    """What :func:`run` returns, from a run in which hooks read or replace activations.
 
     Args:
         hooks: (name from :func:`hook_name`, function of ``(activation, hook)``). What the function returns takes the
             activation's place; None leaves it. Each is called once, and is removed afterwards, whatever happens.
+        stop_at_layer: as in :func:`run`.
 
     Raises:
         HookNeverFired: a hook that was not called.
         ValueError: a name that the model has no hook for.
     """
     with _hooks(model, hooks):
-        return run(model, tokens)
+        return run(model, tokens, stop_at_layer=stop_at_layer)
 
 
 @contextmanager
@@ -601,7 +606,7 @@ def _hook_point(model: Any, name: str) -> Any:
 
 
 class FinalNorm(NamedTuple):
-    """The last normalisation: ``weight * (x - mean x if centred) / sqrt(mean square + epsilon) + bias``."""
+    """A normalisation: ``weight * (x - mean x if centred) / sqrt(mean square + epsilon) + bias``."""
 
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"]
@@ -611,9 +616,17 @@ class FinalNorm(NamedTuple):
 
 def final_norm(model: Any) -> FinalNorm:
     """The last LayerNorm (centred) or RMSNorm. Folded into the unembedding it has weight 1 and bias 0."""
+    return _norm(model, model.ln_final)
+
+
+def attention_norm(model: Any, layer: int) -> FinalNorm:
+    """The normalisation before a layer's queries, keys and values. Folded into them it has weight 1 and bias 0."""
+    return _norm(model, model.blocks[layer].ln1)
+
+
+def _norm(model: Any, norm: Any) -> FinalNorm:
     import torch
 
-    norm = model.ln_final
     weight = norm.weight.detach()
     if getattr(model.cfg, "rmsnorm_uses_offset", False):  # Gemma stores the weight as its difference from 1
         weight = 1 + weight
@@ -632,6 +645,20 @@ def unembed(model: Any, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 
+def answer_logits(
+    model: Any, stream: Float[Tensor, "prompt d_model"], ids: Int[Tensor, "prompt answer"]
+) -> Float[Tensor, "prompt answer"]:
+    """Logits of a few tokens, if this were the residual stream after the last block; spares the whole vocabulary."""
+    import torch
+
+    info(model)
+    columns = W_U(model)[:, ids.to(stream.device)]  # [d_model, prompt, answer]
+    logits = torch.einsum("pd,dpa->pa", model.ln_final(stream[:, None])[:, 0], columns)
+    logits = logits + b_U(model)[ids.to(stream.device)]
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+
 def position_embedding(model: Any, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"] | None:
     """What the position adds to the stream; None where positions are not embedded there (rotary models)."""
     info(model)
@@ -641,6 +668,21 @@ def position_embedding(model: Any, tokens: Int[Tensor, "prompt pos"]) -> Float[T
     with _hooks(model, [("hook_pos_embed", lambda activation, hook: kept.append(activation.detach().clone()))]):
         run(model, tokens, stop_at_layer=0)
     return kept[0].expand(*tokens.shape, -1)
+
+
+def W_QKV(model: Any, layer: int) -> tuple[Float[Tensor, "head d_model d_head"], ...]:  # noqa: N802
+    """What a layer's heads read queries, keys and values with (k and v by the heads of grouped attention)."""
+    attention = model.blocks[layer].attn
+    return attention.W_Q.detach(), attention.W_K.detach(), attention.W_V.detach()
+
+
+def b_QKV(model: Any, layer: int) -> tuple[Float[Tensor, "head d_head"], ...]:  # noqa: N802
+    """Their biases; zeros where there are none."""
+    import torch
+
+    attention = model.blocks[layer].attn
+    pairs = zip((attention.b_Q, attention.b_K, attention.b_V), W_QKV(model, layer), strict=True)
+    return tuple(torch.zeros_like(w[:, 0]) if b is None else b.detach() for b, w in pairs)
 
 
 def W_O(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
