@@ -226,13 +226,19 @@ class _Picture:
         places = [(self._place("x", x), self._place("y", y)) for x, y in zip(trace["x"], trace["y"], strict=True)]
         if "lines" in trace["mode"]:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            yield f'<polyline points="{path}" fill="none" stroke="{tone}" stroke-width="2"/>'
+            dashes = ' stroke-dasharray="4 3"' if trace["line"].get("dash") else ""
+            width = trace["line"]["width"]
+            yield f'<polyline points="{path}" fill="none" stroke="{tone}" stroke-width="{width}"{dashes}/>'
+        if "markers" not in trace["mode"]:
+            return
         size = trace["marker"].get("size", 6) / 2
         opacity = trace["marker"].get("opacity", 1)
         for i, (x, y) in enumerate(places):
             for name in ("error_x", "error_y"):
                 yield from self._error(trace, name, i, trace["x"][i], trace["y"][i])
             yield _marker(trace["marker"], x, y, size, tone, opacity)
+            if "text" in trace["mode"] and trace["text"][i]:
+                yield _text(x + size + 4, y + 4, trace["text"][i], size=11)
 
     def _error(self, trace: Mapping[str, Any], name: str, i: int, x: float, y: float) -> Iterator[str]:
         error = trace.get(name)
