@@ -25,6 +25,7 @@ lab: $(STAMP)
 outputs: $(STAMP)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 notebooks/*.ipynb
 	$(BIN)/nbstripout --keep-output --keep-count notebooks/*.ipynb
+	$(BIN)/python docs/picture.py
 
 train: $(STAMP)
 	$(BIN)/python -m mi_utils.smallworld.train --seed $(SEEDS)

@@ -14,10 +14,14 @@ _HOMES = {
     "models": ("ModelNotFound", "embedded_names", "info", "load_model"),
     "prompts": ("ModelDoesNotKnowTask", "PromptPairs", "ioi_pairs"),
     "metrics": ("METRICS", "LogitDiff"),
-    "lens": ("logit_lens",),
+    "lens": ("TunedLens", "lens_quality", "logit_lens", "token_rows", "top_tokens", "train_tuned_lens"),
     "patching": ("NothingChanged", "ablate", "patch_sweep"),
     "attribution": ("direct_logit_attribution",),
     "heads": ("attention_patterns", "head_scores"),
+    "probing": (
+        "activations", "agreement_documents", "agreement_pairs", "corpus_tokens", "difference_in_means", "erase",
+        "label_tokens", "probe", "random_direction", "steer",
+    ),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

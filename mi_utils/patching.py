@@ -494,7 +494,7 @@ def _changed(
 def _with_progress(chunks: list, title: str, progress: bool) -> Iterator[tuple[int, np.ndarray]]:
     from tqdm import tqdm
 
-    return enumerate(tqdm(chunks, desc=title, unit="batch", disable=not progress, leave=False))
+    return enumerate(tqdm(chunks, desc=title, unit="batch", disable=not progress, leave=False, delay=5))
 
 
 def _receipt_attrs(receipt: Receipt) -> dict[str, Any]:

@@ -61,6 +61,12 @@ QUANTITIES = {
     "log_prob": Quantity("log-probability (nats)"),
     "rank": Quantity("rank of the answer (0 = first)"),
     "kl": Quantity("KL divergence (nats)"),
+    "bias": Quantity("bias (nats)"),
+    "probability": Quantity("probability", limit=1.0),
+    "accuracy": Quantity("accuracy (share of test examples)", limit=1.0, short="accuracy"),
+    "selectivity": Quantity("selectivity (difference of accuracies)"),
+    "erasure": Quantity("logit difference after erasure (logits)", diverging=True),
+    "steering": Quantity("logit difference under steering (logits)", diverging=True),
     "attention": Quantity("attention probability", limit=1.0),
     "previous_token": Quantity("previous-token score", limit=1.0),
     "duplicate_token": Quantity("duplicate-token score", limit=1.0),
@@ -90,7 +96,9 @@ def setup() -> None:
     pio.renderers.default = "colab+mi_utils" if "google.colab" in sys.modules else "mi_utils"
 
 
-def heatmap(result: xr.DataArray, title: str | None = None, *, limit: float | None = None) -> go.Figure:
+def heatmap(
+    result: xr.DataArray, title: str | None = None, *, limit: float | None = None, words: xr.DataArray | None = None
+) -> go.Figure:
     """Two dimensions of a result as colours, after the mean over prompts.
 
     The first dimension goes up (layer 0 at the bottom, as the residual stream flows), the second to the right. The
@@ -98,9 +106,10 @@ def heatmap(result: xr.DataArray, title: str | None = None, *, limit: float | No
 
     Args:
         limit: how far the colour scale reaches instead; small effects show at 0.2.
+        words: text over the same two dimensions to write into the cells, such as the likeliest token.
 
     Raises:
-        ValueError: not two dimensions beside ``prompt``.
+        ValueError: not two dimensions beside ``prompt``, or words over others.
     """
     data = _mean(result)
     if data.ndim != 2:
@@ -108,6 +117,8 @@ def heatmap(result: xr.DataArray, title: str | None = None, *, limit: float | No
             f"A heat map shows two dimensions beside prompt; this result has {_dims(data)}. "
             "Choose with .sel(...) or average with .mean(...)."
         )
+    if words is not None and (set(words.dims) != set(data.dims) or words.sizes != data.sizes):
+        raise ValueError(f"words go over {_dims(words)} and the result over {_dims(data)}: give one word a cell.")
     if data.dims[1] == "layer":
         data = data.transpose()
     quantity = _quantity(result)
@@ -117,6 +128,12 @@ def heatmap(result: xr.DataArray, title: str | None = None, *, limit: float | No
     if values.shape[1] <= 16 and values.size <= 200:
         # Adding 0 turns -0.00 into 0.00.
         texts = [[f"{round(value, 2) + 0:.2f}".replace("-", "\u2212") for value in line] for line in values.tolist()]
+    if words is not None:
+        room = max(3, int(640 / 7 / len(columns)))  # letters that fit into a cell at the width of a notebook
+        texts = [
+            [_shorten(word.strip() or repr(word), room) for word in line]
+            for line in words.transpose(*data.dims).values.tolist()
+        ]
     layout = _layout(
         title or _upper(quantity.name), _subtitle(result), height=24 * len(rows),
         x=_tick_axis(data.dims[1], columns, turn=_crowded(columns)), y=_tick_axis(data.dims[0], rows),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mi_utils.smallworld.evaluate import Evaluation
+from mi_utils.smallworld.evaluate import ASSETS, Evaluation
 from mi_utils.smallworld.tokenizer import build_tokenizer
 from mi_utils.smallworld.train import Recipe, TrainingModel
 
@@ -21,6 +21,19 @@ def untrained(tokenizer):
     model = TrainingModel(Recipe(n_layers=2, d_model=32, n_heads=2), len(tokenizer)).to_hugging_face(0)
     model.set_attn_implementation("eager")
     return Evaluation(model, tokenizer, n=60)
+
+
+SHIPPED = sorted(path.parent.name for path in ASSETS.glob("*/config.json") if "-step" not in path.parent.name)
+
+
+def test_three_seeds_are_shipped():
+    assert SHIPPED == ["smallworld", "smallworld-seed1", "smallworld-seed2"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_reaches_every_bar(name):
+    missed = [m for m in Evaluation.load(ASSETS / name, n=200).all() if not m.reached]
+    assert missed == []
 
 
 def test_an_untrained_model_reaches_no_bar(untrained):

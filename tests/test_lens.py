@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mi_utils import models
-from mi_utils.lens import logit_lens
+from mi_utils.lens import TunedLens, lens_quality, logit_lens, token_rows, top_tokens, train_tuned_lens
 from mi_utils.models import load_model
 from mi_utils.prompts import PromptPairs
 
@@ -78,3 +78,155 @@ def test_a_lens_that_misses_the_models_last_step_is_refused(model, monkeypatch):
 def test_wrong_side_is_refused():
     with pytest.raises(ValueError, match="clean"):
         logit_lens(None, None, on="left")
+
+
+# ---------------------------------------------------------------- the tuned lens
+
+
+@pytest.fixture(scope="module")
+def raw(directory):
+    return load_model(directory, processing="raw")
+
+
+@pytest.fixture(scope="module")
+def rows(raw):
+    return token_rows(raw, 3000, seed=1)  # the model's own samples
+
+
+@pytest.fixture(scope="module")
+def tuned(raw, rows):
+    return train_tuned_lens(raw, rows[:-10], steps=150, learning_rate=1e-2, progress=False)
+
+
+def test_rows_are_different_texts_with_one_bos_and_the_same_for_a_seed(raw, rows):
+    bos = raw.tokenizer.bos_token_id
+    kept = [tuple(row.tolist()) for row in rows]
+    assert sum(map(len, kept)) >= 3000 and len(set(kept)) == len(kept)
+    assert all(row[0] == bos and bos not in row[1:] for row in kept)
+    again = token_rows(raw, 3000, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
+    assert [row.tolist() for row in token_rows(raw, 500, seed=2)] != [row.tolist() for row in rows]
+
+
+def test_rows_of_given_texts(raw):
+    rows = token_rows(raw, texts=[" ba be bi", " ba be", " ba be"])
+    assert sorted(map(len, rows)) == [3, 4]
+    with pytest.raises(ValueError, match="1 different rows"):
+        token_rows(raw, texts=[" ba", " ba"])
+
+
+def test_an_embedded_model_gets_its_own_corpus(model, monkeypatch):
+    from mi_utils.smallworld.corpus import documents
+
+    monkeypatch.setitem(models.EMBEDDED, "random", models.Path(models.info(model).path))
+    rows = token_rows(model, 200)
+    first = next(documents(10_000)).text
+    expected = [model.tokenizer.bos_token_id, *model.tokenizer.encode(first, add_special_tokens=False)]
+    assert expected[: handset.N_CTX] in [row.tolist() for row in rows]
+
+
+def test_training_lowers_kl_on_held_out_rows_and_shuffled_targets_do_not(raw, rows, tuned):
+    plain, better = lens_quality(raw, rows[-10:]), lens_quality(raw, rows[-10:], tuned=tuned)
+    assert (better.kl.mean("prompt")[:-1] < 0.9 * plain.kl.mean("prompt")[:-1]).all()
+    shuffled = train_tuned_lens(raw, rows[:-10], steps=150, learning_rate=1e-2, shuffle_targets=True, progress=False)
+    control = lens_quality(raw, rows[-10:], tuned=shuffled)
+    ratio = control.kl.mean("prompt")[:-1] / better.kl.mean("prompt")[:-1]
+    assert (ratio > 1.1).all() and (ratio[1:] > 2).all()  # the embeddings of random weights say little to begin with
+    for quality in (plain, better, control):  # the last layer is the model
+        last = quality.isel(layer=-1)
+        np.testing.assert_allclose(last.kl, 0, atol=1e-5)
+        np.testing.assert_allclose(last.agreement, 1)
+        assert abs(float(last.bias)) < 1e-6
+
+
+def test_quality_against_a_computation_of_its_own(directory, raw, rows):
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(directory)
+    rows = [rows[0], rows[1][:7]]  # two lengths
+    q, p = [], []
+    with torch.no_grad():
+        for row in rows:
+            out = hf(row[None], output_hidden_states=True)
+            q.append(hf.lm_head(hf.transformer.ln_f(out.hidden_states[1]))[0].softmax(-1))
+            p.append(out.logits[0].softmax(-1))
+    quality = lens_quality(raw, rows).isel(layer=1)
+    expected = [float((b * (b / a).log()).sum(-1).mean()) for a, b in zip(q, p, strict=True)]
+    np.testing.assert_allclose(quality.kl, expected, rtol=1e-3)
+    agree = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in zip(q, p, strict=True)]
+    np.testing.assert_allclose(quality.agreement, agree)
+    a, b = torch.cat(q).mean(0), torch.cat(p).mean(0)
+    np.testing.assert_allclose(float(quality.bias), float((b * (b / a).log()).sum()), rtol=1e-3)
+
+
+def test_an_untrained_tuned_lens_is_the_logit_lens(raw):
+    pairs = PromptPairs(raw, **handset.induction_prompts(3), check=False)
+    plain, same = logit_lens(raw, pairs), logit_lens(raw, pairs, tuned=TunedLens.identity(raw))
+    for name in plain.data_vars:
+        np.testing.assert_array_equal(plain[name], same[name])
+    assert (plain.attrs["lens"], same.attrs["lens"]) == ("logit lens", "tuned lens")
+
+
+def test_a_translator_is_affine_and_the_last_layer_has_none(raw, tuned):
+    stream = torch.randn(2, 32)
+    by_hand = stream @ (torch.eye(32) + tuned.weight[1]) + tuned.bias[1]
+    torch.testing.assert_close(tuned.translate(stream, 1), by_hand)
+    assert tuned.translate(stream, 3) is stream
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        tuned.translate(stream, 4)
+
+
+def test_training_repeats_with_its_seed_and_leaves_the_model_alone(raw, rows):
+    before = models.W_U(raw).clone()
+    one, two = (train_tuned_lens(raw, rows[:20], steps=3, seed=5, progress=False) for _ in range(2))
+    other = train_tuned_lens(raw, rows[:20], steps=3, seed=6, progress=False)
+    assert torch.equal(one.weight, two.weight) and not torch.equal(one.weight, other.weight)
+    assert torch.equal(models.W_U(raw), before) and not models.W_U(raw).requires_grad
+
+
+def test_a_saved_lens_comes_back_and_knows_its_model(raw, directory, tuned, tmp_path):
+    path = tuned.save(tmp_path / "deeper" / "lens.safetensors")
+    again = TunedLens.load(path, raw)
+    assert torch.equal(again.weight, tuned.weight) and torch.equal(again.bias, tuned.bias)
+    assert again.about == tuned.about and again.about["steps"] == 150
+    with pytest.raises(ValueError, match="another model.*processing"):
+        TunedLens.load(path, load_model(directory))
+    pairs = PromptPairs(raw, **handset.induction_prompts(2), check=False)
+    with pytest.raises(ValueError, match="another model"):
+        logit_lens(load_model(f"random:{directory}", processing="raw"), pairs, tuned=tuned)
+
+
+def test_a_file_without_a_lens_is_refused(raw, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no tuned lens"):
+        TunedLens.load(tmp_path / "other.safetensors", raw)
+
+
+def test_a_learning_rate_that_breaks_training_is_reported(raw, rows):
+    with pytest.raises(RuntimeError, match="learning rate"):
+        train_tuned_lens(raw, rows[:20], steps=20, learning_rate=1e3, progress=False)
+    with pytest.raises(ValueError, match="above 0"):
+        train_tuned_lens(raw, rows[:20], steps=0)
+    with pytest.raises(ValueError, match="No rows"):
+        train_tuned_lens(raw, [])
+    with pytest.raises(ValueError, match="No rows"):
+        lens_quality(raw, [])
+
+
+def test_top_tokens_of_the_last_layer_are_the_models(directory, model):
+    from transformers import AutoModelForCausalLM
+
+    found = top_tokens(model, " ba be bi", k=3)
+    assert dict(found.sizes) == {"layer": 4, "pos": 4, "rank": 3}
+    ids = [model.tokenizer.bos_token_id, *model.tokenizer.encode(" ba be bi", add_special_tokens=False)]
+    with torch.no_grad():
+        top = AutoModelForCausalLM.from_pretrained(directory)(torch.tensor([ids])).logits[0].softmax(-1).topk(3)
+    np.testing.assert_allclose(found.probability.isel(layer=-1), top.values, atol=1e-5)
+    assert found.top_token.isel(layer=-1).values.tolist() == [
+        [model.tokenizer.decode([token]) for token in line] for line in top.indices.tolist()
+    ]
+    assert found["token"].values.tolist() == ["0 BOS", "1 ba", "2 be", "3 bi"]
+    with pytest.raises(ValueError, match="at least one"):
+        top_tokens(model, " ba", k=0)

@@ -85,7 +85,7 @@ assert "right." in check_{number}(answer_{number}), "the solution of exercise {n
 WRONG = """{code}
 try:
     told = check_{number}(answer_{number})
-except AssertionError as error:
+except (AssertionError, ValueError) as error:  # the library refuses with a ValueError
     assert str(error), "the check of exercise {number} does not say what is wrong"
 else:
     raise RuntimeError(f"a wrong answer to exercise {number} is told: {{told}}")

@@ -305,3 +305,16 @@ def test_a_renderer_that_was_asked_for_is_left_alone(renderers, monkeypatch):
 def test_only_a_notebook_is_set_up(monkeypatch, shell, notebook):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert plots._in_notebook() is notebook
+
+
+def test_a_heat_map_can_show_words_instead_of_numbers(effect):
+    words = xr.DataArray(np.full((3, len(TOKENS)), " <b>the", dtype=object), dims=("layer", "pos"))
+    words[0, 0] = " a word that is far too long for its cell"
+    figure = plots.heatmap(effect, words=words)
+    texts = figure.data[0].text
+    assert texts[1][1] == "&lt;b&gt;the" and texts[0][0].endswith("…")
+    assert "the" in svg.draw(figure.to_dict())
+    turned = plots.heatmap(effect, words=words.transpose("pos", "layer"))
+    assert [list(line) for line in turned.data[0].text] == [list(line) for line in texts]
+    with pytest.raises(ValueError, match="one word a cell"):
+        plots.heatmap(effect, words=words.isel(pos=slice(2)))

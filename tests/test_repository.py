@@ -7,6 +7,7 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from packaging.requirements import Requirement
@@ -124,6 +125,12 @@ def test_commands_in_pages_exist(path):
     commands = {command.callback.__name__ for command in app.registered_commands}
     for command in re.findall(r"python -m mi_utils ([a-z-]+)", code):
         assert command in commands, f"python -m mi_utils {command}"
+
+
+def test_the_readme_shows_the_picture_that_the_notebook_stores():
+    picture = run_path(str(ROOT / "docs" / "picture.py"))
+    assert picture["PICTURE"].read_text(encoding="utf-8").strip() == picture["stored_picture"]().strip()
+    assert f"]({picture['PICTURE'].relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_promised_files_are_there():
