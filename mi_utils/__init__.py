@@ -17,11 +17,15 @@ _HOMES = {
     "lens": ("TunedLens", "lens_quality", "logit_lens", "token_rows", "top_tokens", "train_tuned_lens"),
     "patching": ("NothingChanged", "ablate", "patch_sweep"),
     "attribution": ("direct_logit_attribution",),
+    "gradients": ("attribution_patch",),
+    "graph": ("CannotDecompose", "Graph"),
+    "paths": ("path_patch",),
     "heads": ("attention_patterns", "head_scores"),
     "probing": (
         "activations", "agreement_documents", "agreement_pairs", "corpus_tokens", "difference_in_means", "erase",
         "label_tokens", "probe", "random_direction", "steer",
     ),
+    "circuits": ("Circuit", "eap", "eap_ig", "faithfulness_curve", "nested_circuits"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

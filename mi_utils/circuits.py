@@ -24,7 +24,17 @@ from torch import Tensor
 
 from mi_utils import metrics, models
 from mi_utils.gradients import differentiate, labelled, numpy, prompts_per_pass, record, stream_metric
-from mi_utils.graph import CHANNELS, Graph, check_decomposition, head_name, mlp_name, normalise, owner, place
+from mi_utils.graph import (
+    CHANNELS,
+    Graph,
+    check_decomposition,
+    head_name,
+    mlp_name,
+    normalise,
+    owner,
+    place,
+    reading_weights,
+)
 from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
 
@@ -226,9 +236,17 @@ def _rows(graph: Graph, site: str, layer: int) -> range:
     if site == "embed":
         return range(1)
     first = 1 + layer * (graph.n_heads + 1)
-    return (
-        range(first, first + graph.n_heads) if site == "z" else range(first + graph.n_heads, first + graph.n_heads + 1)
-    )
+    after = first + graph.n_heads
+    return range(first, after) if site == "z" else range(after, after + 1)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """In single precision at least: the products sum over many positions and features."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _heads_first(activation: Float[Tensor, "prompt pos head feature"]) -> Float[Tensor, "head token feature"]:
+    return activation.flatten(0, 1).transpose(0, 1)
 
 
 class _GradientSums:
@@ -262,8 +280,8 @@ class _GradientSums:
             centred = stream - stream.mean(-1, keepdim=True) if norm.centred else stream
             scale = (centred.pow(2).mean(-1, keepdim=True) + norm.epsilon).sqrt()
             shares = []
-            weights = zip(CHANNELS, models.W_QKV(self.model, layer), models.b_QKV(self.model, layer), strict=True)
-            for channel, weight, bias in weights:
+            for channel in CHANNELS:
+                weight, bias = reading_weights(self.model, layer, channel)
                 gradient = gradients[channel, layer] / scale[..., None]
                 self._sum((channel, layer), gradient)
                 if norm.bias.any():
@@ -283,9 +301,7 @@ class _GradientSums:
                     products = (difference * self.total[name]).sum(-1).sum(1)  # over features and positions
                     found[:, rows.start : rows.stop] = products.reshape(n_prompts, -1)
             return found
-        found = differences["embed", -1].new_zeros(
-            n_prompts, len(graph.senders), len(graph.receivers), dtype=torch.float32
-        )
+        found = _full(differences["embed", -1]).new_zeros(n_prompts, len(graph.senders), len(graph.receivers))
         for part in torch.arange(n_prompts).split(_prompts_at_once(graph, n_pos, d_model, found.device)):
             written = _written(self.model, graph, {name: each[part] for name, each in differences.items()}, senders)
             self._products(written, senders, part, found)
@@ -312,16 +328,16 @@ class _GradientSums:
         norm = models.attention_norm(self.model, layer)
         n_heads, (n_pos, d_model) = self.graph.n_heads, self.total["logits"].shape[1:]
         n_tokens = len(part) * n_pos
-        at_inputs = self.total["logits"].new_empty(len(CHANNELS), n_heads, n_tokens, d_model, dtype=torch.float32)
-        for number, weight in enumerate(models.W_QKV(self.model, layer)):
-            weight = weight.float() * norm.weight.float()[:, None]
+        at_inputs = _full(self.total["logits"]).new_empty(len(CHANNELS), n_heads, n_tokens, d_model)
+        for number, channel in enumerate(CHANNELS):
+            weight = _full(reading_weights(self.model, layer, channel)[0]) * _full(norm.weight)[:, None]
             if norm.centred:
                 weight = weight - weight.mean(1, keepdim=True)
-            gradient = _heads_first(self.total[CHANNELS[number], layer][part].float())
+            gradient = _heads_first(_full(self.total[channel, layer][part]))
             torch.bmm(gradient, weight.transpose(1, 2), out=at_inputs[number])
             for normal, shares in self.along_stream[layer]:
-                share = shares[number][part].float().reshape(n_tokens, n_heads).T / d_model
-                at_inputs[number].addcmul_(share[..., None], normal[part].float().reshape(n_tokens, d_model), value=-1)
+                share = _full(shares[number][part]).reshape(n_tokens, n_heads).T / d_model
+                at_inputs[number].addcmul_(share[..., None], _full(normal[part]).reshape(n_tokens, d_model), value=-1)
         return at_inputs.view(-1, len(part), n_pos, d_model)
 
 
@@ -336,7 +352,7 @@ def _written(
 ) -> Float[Tensor, "sender prompt pos d_model"]:
     """What these senders add to the residual stream, from the heads' z and the rest as it is."""
     n_prompts, n_pos, d_model = outputs["embed", -1].shape
-    written = outputs["embed", -1].new_empty(len(senders), n_prompts, n_pos, d_model, dtype=torch.float32)
+    written = _full(outputs["embed", -1]).new_empty(len(senders), n_prompts, n_pos, d_model)
     for (site, layer), output in outputs.items():
         rows = _rows(graph, site, layer)
         if rows.start not in senders:
@@ -344,8 +360,8 @@ def _written(
         there = written[rows.start - senders.start : rows.stop - senders.start]
         if site == "z":
             torch.bmm(
-                _heads_first(output.float()),
-                models.W_O(model, layer).float(),
+                _heads_first(_full(output)),
+                _full(models.W_O(model, layer)),
                 out=there.view(graph.n_heads, -1, d_model),
             )
         else:
@@ -358,7 +374,7 @@ def _multiply(
 ) -> None:
     last = min(upstream, senders.stop)
     senders_first = written[: last - senders.start].flatten(2).transpose(0, 1)  # [prompt, sender, pos * d_model]
-    receivers = gradients.float().flatten(2).permute(1, 2, 0)
+    receivers = _full(gradients).flatten(2).permute(1, 2, 0)
     found[part, senders.start : last, column : column + len(gradients)] = torch.bmm(senders_first, receivers)
 
 
@@ -430,7 +446,7 @@ def _run_edges(
                 if not read:
                     streams = inputs(different, base.activations["resid_pre", layer])
                     read.append(normalise(norm, streams) * norm.weight + norm.bias)
-                weight, bias = (each[number] for each in (models.W_QKV(model, layer), models.b_QKV(model, layer)))
+                weight, bias = reading_weights(model, layer, CHANNELS[number])
                 streams = read[0][which[number]].flatten(1, 2)  # [head, prompt * pos, d_model]
                 found = torch.baddbmm(bias[:, None], streams, weight)
                 return found.view(graph.n_heads, n_prompts, n_pos, -1).permute(1, 2, 0, 3).to(activation)

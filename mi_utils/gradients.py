@@ -197,7 +197,7 @@ def stream_metric(model: Any, metric: Metric) -> StreamMetric:
     ids = torch.stack([torch.as_tensor(metric.correct), torch.as_tensor(metric.incorrect)], dim=1)
 
     def difference(stream: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
-        right, wrong = models.answer_logits(model, stream, ids).float().unbind(1)
+        right, wrong = models.unembed(model, stream, ids).float().unbind(1)
         return right - wrong
 
     return difference

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mi_utils import models
-from mi_utils.models import FinalNorm
+from mi_utils.models import Norm
 
 CHANNELS = ("q", "k", "v")
 ARROW = " -> "
@@ -158,14 +158,22 @@ def head_of(name: str) -> int:
 # ------------------------------------------------------------------------------- how a head reads the stream
 
 
-def normalise(norm: FinalNorm, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+def normalise(norm: Norm, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     """The normalised stream before weight and bias."""
     centred = stream - stream.mean(-1, keepdim=True) if norm.centred else stream
     return centred / _scale(norm, centred)
 
 
-def _scale(norm: FinalNorm, centred: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
+def _scale(norm: Norm, centred: Float[Tensor, "... d_model"]) -> Float[Tensor, "... 1"]:
     return (centred.pow(2).mean(-1, keepdim=True) + norm.epsilon).sqrt()
+
+
+def reading_weights(
+    model: Any, layer: int, channel: str
+) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"]]:
+    """Weight and bias by which a layer's heads make their q, k or v of the normalised stream."""
+    weight = {"q": models.W_Q, "k": models.W_K, "v": models.W_V}[channel](model, layer)
+    return weight, models.attention_bias(model, layer, channel)
 
 
 def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
@@ -177,7 +185,7 @@ def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
     n_layers, name = models.info(model).shape.n_layers, models.info(model).name
     kept = models.cache(model, tokens[:1], ["resid_pre", "resid_mid", "z", "attn_out", "mlp_out", *CHANNELS])
     total = kept["resid_pre", 0]
-    loose = 1e-3 if total.dtype == torch.float32 else 0.1
+    loose = 1e-3 if total.dtype in (torch.float32, torch.float64) else 0.1
 
     def differ(found: Tensor, expected: Tensor) -> bool:
         return not float((found - expected).abs().max()) <= loose * (1 + float(expected.abs().max()))
@@ -185,8 +193,8 @@ def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
     for layer in range(n_layers):
         norm = models.attention_norm(model, layer)
         read = normalise(norm, kept["resid_pre", layer]) * norm.weight + norm.bias
-        weights = zip(CHANNELS, models.W_QKV(model, layer), models.b_QKV(model, layer), strict=True)
-        for channel, weight, bias in weights:
+        for channel in CHANNELS:
+            weight, bias = reading_weights(model, layer, channel)
             if differ(torch.einsum("ptd,hdk->pthk", read, weight) + bias, kept[channel, layer]):
                 raise CannotDecompose(f"{name}: {channel} of layer {layer} is not weight times normalised stream.")
         heads = torch.einsum("pthk,hkd->ptd", kept["z", layer], models.W_O(model, layer))

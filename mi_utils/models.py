@@ -605,7 +605,7 @@ def _hook_point(model: Any, name: str) -> Any:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-class FinalNorm(NamedTuple):
+class Norm(NamedTuple):
     """A normalisation: ``weight * (x - mean x if centred) / sqrt(mean square + epsilon) + bias``."""
 
     weight: Float[Tensor, " d_model"]
@@ -614,17 +614,17 @@ class FinalNorm(NamedTuple):
     centred: bool
 
 
-def final_norm(model: Any) -> FinalNorm:
+def final_norm(model: Any) -> Norm:
     """The last LayerNorm (centred) or RMSNorm. Folded into the unembedding it has weight 1 and bias 0."""
     return _norm(model, model.ln_final)
 
 
-def attention_norm(model: Any, layer: int) -> FinalNorm:
-    """The normalisation before a layer's queries, keys and values. Folded into them it has weight 1 and bias 0."""
+def attention_norm(model: Any, layer: int) -> Norm:
+    """The normalisation through which a layer's heads read the stream. Folded into them it has weight 1 and bias 0."""
     return _norm(model, model.blocks[layer].ln1)
 
 
-def _norm(model: Any, norm: Any) -> FinalNorm:
+def _norm(model: Any, norm: Any) -> Norm:
     import torch
 
     weight = norm.weight.detach()
@@ -632,29 +632,27 @@ def _norm(model: Any, norm: Any) -> FinalNorm:
         weight = 1 + weight
     bias = getattr(norm.original_component, "bias", None)
     bias = torch.zeros_like(weight) if bias is None else bias.detach()
-    return FinalNorm(weight, bias, float(model.cfg.eps), not norm.uses_rms_norm)
+    return Norm(weight, bias, float(model.cfg.eps), not norm.uses_rms_norm)
 
 
-def unembed(model: Any, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-    """Logits that the model would give if this were its residual stream after the last block."""
+def unembed(
+    model: Any,
+    stream: Float[Tensor, "... d_model"],
+    columns: Int[Tensor, "... column"] | None = None,
+) -> Float[Tensor, "... d_vocab"]:
+    """Logits that the model would give if this were its residual stream after the last block.
+
+    With ``columns``, for each stream those of these tokens only [..., column]: a few products instead of the whole
+    vocabulary's.
+    """
     import torch
 
     info(model)
-    logits = model.unembed(model.ln_final(stream))
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
-
-
-def answer_logits(
-    model: Any, stream: Float[Tensor, "prompt d_model"], ids: Int[Tensor, "prompt answer"]
-) -> Float[Tensor, "prompt answer"]:
-    """Logits of a few tokens, if this were the residual stream after the last block; spares the whole vocabulary."""
-    import torch
-
-    info(model)
-    columns = W_U(model)[:, ids.to(stream.device)]  # [d_model, prompt, answer]
-    logits = torch.einsum("pd,dpa->pa", model.ln_final(stream[:, None])[:, 0], columns)
-    logits = logits + b_U(model)[ids.to(stream.device)]
+    normed = model.ln_final(stream)
+    if columns is None:
+        logits = model.unembed(normed)
+    else:
+        logits = torch.einsum("...m,m...c->...c", normed, W_U(model)[:, columns]) + b_U(model)[columns]
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
@@ -670,19 +668,73 @@ def position_embedding(model: Any, tokens: Int[Tensor, "prompt pos"]) -> Float[T
     return kept[0].expand(*tokens.shape, -1)
 
 
-def W_QKV(model: Any, layer: int) -> tuple[Float[Tensor, "head d_model d_head"], ...]:  # noqa: N802
-    """What a layer's heads read queries, keys and values with (k and v by the heads of grouped attention)."""
-    attention = model.blocks[layer].attn
-    return attention.W_Q.detach(), attention.W_K.detach(), attention.W_V.detach()
+def W_E(model: Any) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
+    """Embedding, a row a token."""
+    info(model)
+    return model.embed.W_E.detach()
 
 
-def b_QKV(model: Any, layer: int) -> tuple[Float[Tensor, "head d_head"], ...]:  # noqa: N802
-    """Their biases; zeros where there are none."""
+def W_pos(model: Any) -> Float[Tensor, "n_ctx d_model"] | None:  # noqa: N802
+    """Position embedding, a row a position; None where positions are not added to the stream (rotary models)."""
+    info(model)
+    return model.pos_embed.W_pos.detach() if model.cfg.positional_embedding_type == "standard" else None
+
+
+def mlp(model: Any, layer: int, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    """What a layer's MLP would write if this were the stream that it reads."""
+    info(model)
+    block = model.blocks[layer]
+    return block.mlp(block.ln2(stream))
+
+
+def W_Q(model: Any, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+    """What a layer's heads take from the normalised stream as queries."""
+    return model.blocks[layer].attn.W_Q.detach()
+
+
+def W_K(model: Any, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+    """The same for keys. Heads that share theirs (grouped-query attention) each get a copy."""
+    return _for_each_head(model, model.blocks[layer].attn.W_K.detach())
+
+
+def W_V(model: Any, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+    """The same for values. Heads that share theirs (grouped-query attention) each get a copy."""
+    return _for_each_head(model, model.blocks[layer].attn.W_V.detach())
+
+
+def attention_bias(model: Any, layer: int, which: str) -> Float[Tensor, "head d_head"]:
+    """Bias of a layer's "q", "k" or "v"; zeros where there is none."""
+    bias = getattr(model.blocks[layer].attn, f"b_{which.upper()}")
+    if bias is None:
+        weight = W_Q(model, layer)
+        return weight.new_zeros(weight.shape[0], weight.shape[2])
+    return _for_each_head(model, bias.detach())
+
+
+def _for_each_head(model: Any, shared: Float[Tensor, "kv_head ..."]) -> Float[Tensor, "head ..."]:
+    return shared.repeat_interleave(info(model).shape.n_heads // shared.shape[0], dim=0)
+
+
+def W_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:  # noqa: N802
+    """What each neuron of a layer's MLP writes to the stream."""
+    info(model)
+    return model.blocks[layer].mlp.W_out.detach()
+
+
+def b_out(model: Any, layer: int) -> Float[Tensor, " d_model"]:
+    """Bias of a layer's MLP output; zeros where there is none."""
     import torch
 
-    attention = model.blocks[layer].attn
-    pairs = zip((attention.b_Q, attention.b_K, attention.b_V), W_QKV(model, layer), strict=True)
-    return tuple(torch.zeros_like(w[:, 0]) if b is None else b.detach() for b, w in pairs)
+    bias = model.blocks[layer].mlp.b_out
+    return torch.zeros_like(final_norm(model).bias) if bias is None else bias.detach()
+
+
+def scores_are_bilinear(model: Any) -> bool:
+    """Whether attention scores are a product of query and key as the weights give them: nothing turns them by
+    position (rotary), biases them by distance (ALiBi) or normalises them in between."""
+    info(model)
+    normed = any(getattr(model.blocks[0].attn, name, None) is not None for name in ("q_norm", "k_norm"))
+    return model.cfg.positional_embedding_type == "standard" and not normed
 
 
 def W_O(model: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802

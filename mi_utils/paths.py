@@ -88,8 +88,8 @@ def path_patch(
     found = np.zeros((len(pairs), *reached.shape))
     base_values, source_values = np.zeros(len(pairs)), np.zeros(len(pairs))
     changed, total = 0, 0.0
-    for part in torch.arange(len(pairs)).split(max(1, batch_size)):
-        value = stream_metric(model, factory(pairs[part.tolist()]))
+    for part in np.split(np.arange(len(pairs)), range(max(1, batch_size), len(pairs), max(1, batch_size))):
+        value = stream_metric(model, factory(pairs[part]))
         runs = _Runs(model, base_tokens[part], source_tokens[part], freeze_mlps=mlps == "frozen")
         base_values[part], source_values[part] = (numpy(value(stream[:, -1])) for stream in runs.streams)
         found[part] = base_values[part, None, None]

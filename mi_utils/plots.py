@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import ArrayLike
 
+    from mi_utils.circuits import Circuit
+
 BLUE, RED, GREY, INK = "#2166ac", "#b2182b", "#8c959f", "#24292f"
 # Okabe and Ito's colours, told apart by colour-blind readers as well.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#000000"]
@@ -443,6 +445,76 @@ def scatter(
         y=axis | {"title": {"text": y_label}}, shapes=[_mark("x", 0.0), _mark("y", 0.0)],
     )  # fmt: skip
     return _figure([diagonal, points], layout)
+
+
+def circuit(circuit: Circuit, title: str | None = None, *, top: int = 60) -> go.Figure:
+    """A circuit as a graph: computation goes upwards, every head, MLP and the two ends is a point.
+
+    Edges are as wide as their score is large, blue where it helps the answer, red where it harms, grey where the
+    circuit has no scores of edges. They enter a head at the left (q), in the middle (k) or at the right (v).
+
+    Args:
+        top: only so many edges, those with the largest scores.
+
+    Raises:
+        ValueError: a circuit without edges, or a ``top`` below 1.
+    """
+    if not len(circuit):
+        raise ValueError("This circuit has no edges to draw.")
+    if top < 1:
+        raise ValueError(f"top={top}: draw at least one edge.")
+    scores = circuit.scores
+    strongest = sorted(circuit.edges, key=lambda edge: -abs(scores.get(edge, 0.0)))[:top]
+    ends = [edge.split(" -> ") for edge in strongest]
+    nodes = {end.partition(".")[0] for edge in ends for end in edge}
+    rows: dict[str, list[str]] = {}
+    for node in circuit.graph.nodes:
+        if node in nodes:
+            kind = {"embed": "embeddings"}.get(node, node)
+            rows.setdefault(f"heads L{node[1:].partition('H')[0]}" if node.startswith("L") else kind, []).append(node)
+
+    places: dict[str, tuple[float, float]] = {}
+    for height, row in enumerate(rows.values()):
+        senders = {node: [s for s, r in ends if r.partition(".")[0] == node and s in places] for node in row}
+        # Each near the middle of what it reads from, so that fewer edges cross.
+        middle = {node: np.mean([places[s][0] for s in senders[node]]) if senders[node] else 0.0 for node in row}
+        for i, node in enumerate(sorted(row, key=middle.__getitem__)):
+            places[node] = (i - (len(row) - 1) / 2 + (0.25 if height % 2 else -0.25), height)
+    reach = max(abs(x) for x, _ in places.values()) + 0.75
+
+    largest = max((abs(scores.get(edge, 0.0)) for edge in strongest), default=0.0) or 1.0
+    traces: list[dict[str, Any]] = []
+    for edge, (sender, receiver) in reversed(list(zip(strongest, ends, strict=True))):  # the strongest on top
+        score = scores.get(edge)
+        tone = GREY if score is None else BLUE if score >= 0 else RED
+        (x0, y0), (x1, y1) = places[sender], places[receiver.partition(".")[0]]
+        x1 += {"q": -0.05, "k": 0.0, "v": 0.05}.get(receiver.partition(".")[2], 0.0)
+        bend = 0.18 * (y1 - y0 - 1) * (1 if x0 + x1 >= 0 else -1)  # round the rows in between
+        share = np.linspace(0, 1, 9 if bend else 2)
+        said = edge if score is None else f"{edge}: {score:.3g}"
+        traces.append({
+            "type": "scatter", "mode": "lines", "showlegend": False, "name": edge,
+            "x": _rounded(x0 + (x1 - x0) * share + bend * 4 * share * (1 - share)),
+            "y": _rounded(y0 + (y1 - y0) * share),
+            "line": {"color": tone, "width": round(1 + 5 * abs(score or 0.0) / largest, 1)}, "marker": {"color": tone},
+            "opacity": 0.75, "hovertemplate": escape(said) + "<extra></extra>",
+        })  # fmt: skip
+        reach = max(reach, abs(bend) + max(abs(x0), abs(x1)) + 0.3)
+    names = list(places)
+    traces.append({
+        "type": "scatter", "mode": "markers+text", "showlegend": False, "name": "nodes", "text": names,
+        "textposition": "middle right", "x": _rounded([places[name][0] for name in names]),
+        "y": [places[name][1] for name in names], "marker": {"color": INK, "size": 9},
+        "hovertemplate": "%{text}<extra></extra>",
+    })  # fmt: skip
+    shown = f"the {len(strongest)} strongest of {len(circuit)} edges" if top < len(circuit) else f"{len(circuit)} edges"
+    signs = "blue helps the answer, red harms it, width by score" if any(e in scores for e in strongest) else ""
+    x_axis = _tick_axis("into a head: q left, k middle, v right", []) | {"range": [round(-reach, 3), round(reach, 3)]}
+    layout = _layout(
+        title or "Circuit", " \u00b7 ".join(part for part in (shown, signs) if part), height=52 * len(rows),
+        x=x_axis, y=_tick_axis("order of computation", list(rows)),
+    )  # fmt: skip
+    return _figure(traces, layout)
 
 
 # ------------------------------------------------------------------------------------------------ reading results

@@ -2,7 +2,7 @@
 
 A stored notebook on GitHub, plain nbconvert and a Markdown report cannot run plotly's script. They show the SVG that
 is drawn here from the very same figure. It knows what :mod:`mi_utils.plots` makes, no more: heat maps, horizontal
-bars, points and lines with error bars, on linear axes whose ticks are given.
+bars, points, labels and lines with error bars, on linear axes whose ticks are given.
 """
 
 from __future__ import annotations
@@ -226,9 +226,12 @@ class _Picture:
         places = [(self._place("x", x), self._place("y", y)) for x, y in zip(trace["x"], trace["y"], strict=True)]
         if "lines" in trace["mode"]:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            dashes = ' stroke-dasharray="4 3"' if trace["line"].get("dash") else ""
-            width = trace["line"]["width"]
-            yield f'<polyline points="{path}" fill="none" stroke="{tone}" stroke-width="{width}"{dashes}/>'
+            line = trace.get("line", {})
+            dashes = ' stroke-dasharray="4 3"' if line.get("dash") else ""
+            yield (
+                f'<polyline points="{path}" fill="none" stroke="{line.get("color", tone)}" '
+                f'stroke-width="{line.get("width", 2)}" stroke-opacity="{trace.get("opacity", 1)}"{dashes}/>'
+            )
         if "markers" not in trace["mode"]:
             return
         size = trace["marker"].get("size", 6) / 2
@@ -238,7 +241,7 @@ class _Picture:
                 yield from self._error(trace, name, i, trace["x"][i], trace["y"][i])
             yield _marker(trace["marker"], x, y, size, tone, opacity)
             if "text" in trace["mode"] and trace["text"][i]:
-                yield _text(x + size + 4, y + 4, trace["text"][i], size=11)
+                yield _text(x + size + 4, y + 4, trace["text"][i])
 
     def _error(self, trace: Mapping[str, Any], name: str, i: int, x: float, y: float) -> Iterator[str]:
         error = trace.get(name)

@@ -72,8 +72,9 @@ def test_mlps_may_answer(model, pairs, plain, sender, receiver):
         ]
     found = in_logits(effect[:, 0, 0])
     np.testing.assert_allclose(found, difference(pairs, expected).detach(), atol=1e-4)
-    frozen = in_logits(path_patch(model, pairs, [sender], [receiver], mode="noising")[:, 0, 0])
-    assert np.abs(frozen - found).max() > 1e-3
+    if sender != "embed":  # the last token is the same in both prompts: its MLPs hear nothing of the embeddings
+        frozen = in_logits(path_patch(model, pairs, [sender], [receiver], mode="noising")[:, 0, 0])
+        assert np.abs(frozen - found).max() > 1e-3
 
 
 def test_sets_are_patched_together(model, pairs, plain):

@@ -11,6 +11,8 @@ import pytest
 import xarray as xr
 
 from mi_utils import plots, stats, svg
+from mi_utils.circuits import Circuit
+from mi_utils.graph import Graph
 
 TOKENS = ["0 <|endoftext|>", "1 Mary (IO)", "2 and", "3 John (S1)", "4 gave", "5 to", "6 to (END)"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -49,6 +51,13 @@ def patterns():
     )  # fmt: skip
 
 
+def induction():
+    """Two heads and an MLP, with a score for each edge."""
+    known = {"embed -> L0H2.v": 3.0, "L0H2 -> L1H3.k": 4.0, "L1H3 -> logits": 5.0, "mlp L0 -> logits": -1.0,
+             "embed -> mlp L0": 0.5, "embed -> L1H3.q": 2.0}  # fmt: skip
+    return Circuit(Graph(2, 4), tuple(known), known)
+
+
 @pytest.fixture(scope="module")
 def every_kind(effect, parts, patterns):
     return {
@@ -58,10 +67,11 @@ def every_kind(effect, parts, patterns):
         "attention": plots.attention(patterns, heads=[(0, 0), (1, 2)]),
         "lines": plots.lines(effect.sel(pos=[3, 6])),
         "scatter": plots.scatter(effect, 2 * effect, x_label="exact", y_label="estimate"),
+        "circuit": plots.circuit(induction()),
     }
 
 
-KINDS = ["heatmap", "bars", "distribution", "attention", "lines", "scatter"]
+KINDS = ["heatmap", "bars", "distribution", "attention", "lines", "scatter", "circuit"]
 
 
 def texts(figure):
@@ -237,6 +247,41 @@ def test_attention_has_a_facet_a_head_and_leaves_the_mask_blank(patterns):
     assert (axis.cmin, axis.cmax) == (0.0, 1.0) and axis.colorbar.title.text == "attention probability"
     assert len(plots.attention(patterns).data) == 6
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # the first token at the top
+
+
+# ------------------------------------------------------------------------------------------------ circuits
+
+
+def test_a_circuit_goes_upwards_and_shows_sign_and_size(every_kind):
+    figure = every_kind["circuit"]
+    *edges, nodes = figure.data
+    at = dict(zip(nodes.text, zip(nodes.x, nodes.y, strict=True), strict=True))
+    assert list(figure.layout.yaxis.ticktext) == ["embeddings", "heads L0", "mlp L0", "heads L1", "logits"]
+    assert at["embed"][1] < at["L0H2"][1] < at["mlp L0"][1] < at["L1H3"][1] < at["logits"][1]
+    by_name = {edge.name: edge for edge in edges}
+    assert len(by_name) == 6
+    for name, edge in by_name.items():
+        sender, receiver = (end.partition(".")[0] for end in name.split(" -> "))
+        assert (edge.x[0], edge.y[0]) == pytest.approx(at[sender]) and edge.y[-1] == at[receiver][1]
+        assert edge.x[-1] == pytest.approx(at[receiver][0], abs=0.1)
+    assert by_name["mlp L0 -> logits"].line.color == plots.RED
+    assert by_name["L1H3 -> logits"].line.color == plots.BLUE
+    widths = [by_name[name].line.width for name in ("L1H3 -> logits", "L0H2 -> L1H3.k", "embed -> mlp L0")]
+    assert widths == sorted(widths, reverse=True) and widths[0] == 6
+    assert by_name["embed -> L1H3.q"].x[-1] < by_name["L0H2 -> L1H3.k"].x[-1]  # q enters at the left
+    assert set(nodes.text) <= set(texts(figure))
+
+
+def test_only_the_strongest_edges_are_drawn_and_a_circuit_without_scores_is_grey():
+    figure = plots.circuit(induction(), top=2)
+    assert {trace.name for trace in figure.data[:-1]} == {"L1H3 -> logits", "L0H2 -> L1H3.k"}
+    assert "the 2 strongest of 6 edges" in figure.layout.title.subtitle.text
+    plain = plots.circuit(Circuit(Graph(2, 4), induction().edges))
+    assert {trace.line.color for trace in plain.data[:-1]} == {plots.GREY}
+    with pytest.raises(ValueError, match="no edges"):
+        plots.circuit(Circuit(Graph(2, 4), ()))
+    with pytest.raises(ValueError, match="top=0"):
+        plots.circuit(induction(), top=0)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
