@@ -409,6 +409,48 @@ def lines(
     return _figure(traces, layout)
 
 
+def scatter(
+    x: xr.DataArray, y: xr.DataArray, title: str | None = None, *, x_label: str, y_label: str, named: int = 6
+) -> go.Figure:
+    """Two measurements of the same cells against each other, a point a cell, after the mean over prompts.
+
+    Both axes have one scale. On the dotted diagonal the two agree.
+
+    Args:
+        x, y: results over the same dimensions with the same entries, in any order.
+        named: how many points carry their name: those farthest from zero.
+
+    Raises:
+        ValueError: the two are not over the same cells.
+    """
+    across, down = _mean(x), _mean(y)
+    if set(across.dims) != set(down.dims) or dict(across.sizes) != dict(down.sizes):
+        raise ValueError(
+            f"Points need the same cells in both results: these go over {_cells(across)} and {_cells(down)}."
+        )
+    down = down.transpose(*across.dims)
+    names = _cell_names(across)
+    a, b = (np.asarray(values, dtype=float).ravel() for values in (across, down))
+    shown = np.argsort(-np.hypot(a, b), kind="stable")[:named].tolist()
+    axis = _value_axis(np.concatenate([a, b, [0.0]]), x_label)
+    ends = axis["range"]
+    diagonal = {
+        "type": "scatter", "mode": "lines", "x": ends, "y": ends, "showlegend": False, "hoverinfo": "skip",
+        "line": {"color": GREY, "width": 1, "dash": "dot"}, "marker": {"color": GREY},
+    }  # fmt: skip
+    points = {
+        "type": "scatter", "mode": "markers+text", "x": _rounded(a), "y": _rounded(b), "showlegend": False,
+        "text": [names[i] if i in shown else "" for i in range(len(names))], "textposition": "middle right",
+        "marker": {"color": COLOURS[0], "size": 8, "opacity": 0.7}, "customdata": names,
+        "hovertemplate": "%{customdata}: %{x:.3f}, %{y:.3f}<extra></extra>",
+    }  # fmt: skip
+    layout = _layout(
+        title or f"{_upper(y_label)} against {x_label}", _subtitle(x), height=360, x=axis,
+        y=axis | {"title": {"text": y_label}}, shapes=[_mark("x", 0.0), _mark("y", 0.0)],
+    )  # fmt: skip
+    return _figure([diagonal, points], layout)
+
+
 def circuit(circuit: Circuit, title: str | None = None, *, top: int = 60) -> go.Figure:
     """A circuit as a graph: computation goes upwards, every head, MLP and the two ends is a point.
 
@@ -515,6 +557,22 @@ def _labels(result: xr.DataArray, dim: str) -> list[str]:
             return [_shorten(str(value)) for value in coord.values]
     values = result[dim].values if dim in result.coords else np.arange(result.sizes[dim])
     return [_shorten(str(value)) for value in values]
+
+
+def _cells(result: xr.DataArray) -> str:
+    return " × ".join(f"{size} {dim}" for dim, size in result.sizes.items()) or "a single cell"
+
+
+def _cell_names(result: xr.DataArray) -> list[str]:
+    """A name for each cell, in the order of its values: "L1H2", "L1H2, 15 to (END)"."""
+    labels = {str(dim): _labels(result, dim) for dim in result.dims}
+    names = []
+    for index in np.ndindex(result.shape):
+        place = {dim: labels[dim][i] for dim, i in zip(labels, index, strict=True)}
+        start = f"L{place.pop('layer')}" if "layer" in place else ""
+        start += f"H{place.pop('head')}" if "head" in place else ""
+        names.append(", ".join(filter(None, [start, *place.values()])))
+    return names
 
 
 def _shorten(text: str, most: int = 24) -> str:

@@ -227,9 +227,10 @@ class _Picture:
         if "lines" in trace["mode"]:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             line = trace.get("line", {})
+            dashes = ' stroke-dasharray="4 3"' if line.get("dash") else ""
             yield (
                 f'<polyline points="{path}" fill="none" stroke="{line.get("color", tone)}" '
-                f'stroke-width="{line.get("width", 2)}" stroke-opacity="{trace.get("opacity", 1)}"/>'
+                f'stroke-width="{line.get("width", 2)}" stroke-opacity="{trace.get("opacity", 1)}"{dashes}/>'
             )
         if "markers" not in trace["mode"]:
             return
@@ -239,7 +240,7 @@ class _Picture:
             for name in ("error_x", "error_y"):
                 yield from self._error(trace, name, i, trace["x"][i], trace["y"][i])
             yield _marker(trace["marker"], x, y, size, tone, opacity)
-            if "text" in trace["mode"]:
+            if "text" in trace["mode"] and trace["text"][i]:
                 yield _text(x + size + 4, y + 4, trace["text"][i])
 
     def _error(self, trace: Mapping[str, Any], name: str, i: int, x: float, y: float) -> Iterator[str]:

@@ -66,11 +66,12 @@ def every_kind(effect, parts, patterns):
         "distribution": plots.distribution(effect.sel(layer=1, pos=3), by="template"),
         "attention": plots.attention(patterns, heads=[(0, 0), (1, 2)]),
         "lines": plots.lines(effect.sel(pos=[3, 6])),
+        "scatter": plots.scatter(effect, 2 * effect, x_label="exact", y_label="estimate"),
         "circuit": plots.circuit(induction()),
     }
 
 
-KINDS = ["heatmap", "bars", "distribution", "attention", "lines", "circuit"]
+KINDS = ["heatmap", "bars", "distribution", "attention", "lines", "scatter", "circuit"]
 
 
 def texts(figure):
@@ -209,6 +210,22 @@ def test_lines_one_for_each_entry_and_steps_to_scale(effect):
     assert list(figure.data[0].x) == [0, 100, 3000] and figure.layout.xaxis.title.text == "training step"
 
 
+# ------------------------------------------------------------------------------------------------ points
+
+
+def test_every_cell_is_a_point_beside_the_diagonal_and_the_largest_are_named(effect):
+    figure = plots.scatter(effect, 2 * effect.transpose("pos", "layer", "prompt"), x_label="x", y_label="y", named=1)
+    diagonal, points = figure.data
+    mean = effect.mean("prompt").values.ravel()
+    np.testing.assert_allclose(points.x, mean, rtol=1e-3)
+    np.testing.assert_allclose(points.y, 2 * mean, rtol=1e-3)
+    assert diagonal.x == diagonal.y == figure.layout.xaxis.range == figure.layout.yaxis.range
+    assert [text for text in points.text if text] == ["L1, 3 John (S1)"] == [points.text[1 * len(TOKENS) + 3]]
+    assert "L1, 3 John (S1)" in texts(figure)
+    by_head = effect.isel(pos=[0, 1]).drop_vars(["pos", "token"]).rename(pos="head")
+    assert plots.scatter(by_head, by_head, x_label="x", y_label="y").data[1].customdata[-1] == "L2H1"
+
+
 # ------------------------------------------------------------------------------------------------ distributions
 
 
@@ -291,6 +308,8 @@ def test_the_wrong_shape_is_refused_with_what_there_is(effect, parts, patterns):
         plots.attention(patterns, heads=[])
     with pytest.raises(ValueError, match="layer, head, query and key"):
         plots.attention(effect)
+    with pytest.raises(ValueError, match="3 layer × 7 pos and 2 layer × 7 pos"):
+        plots.scatter(effect, effect[:, :2], x_label="x", y_label="y")
     many = xr.DataArray(np.zeros((9, 2)), dims=("head", "step"))
     with pytest.raises(ValueError, match="9 lines"):
         plots.lines(many)
