@@ -292,3 +292,16 @@ def test_a_renderer_that_was_asked_for_is_left_alone(renderers, monkeypatch):
 def test_only_a_notebook_is_set_up(monkeypatch, shell, notebook):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert plots._in_notebook() is notebook
+
+
+def test_turning_a_knob_draws_the_figure_anew(patterns):
+    def show(layer, head):
+        return plots.attention(patterns, title=f"head {layer}.{head}", heads=[(layer, head)])
+
+    box = plots.knob(show, layer=(0, 1), head=(0, 2))
+    layer, head, picture = box.children
+    assert (layer.min, layer.max, head.max) == (0, 1, 2) and "head 0.0" in picture.value
+    head.value = 2
+    assert "head 0.2" in picture.value and "L0H2" in picture.value
+    with pytest.raises(ValueError, match="range"):
+        plots.knob(show)
