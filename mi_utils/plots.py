@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from mi_utils import stats
 from mi_utils.svg import draw, nice_step, text_width, ticks
 
 if TYPE_CHECKING:
+    import ipywidgets
     import plotly.graph_objects as go
     import xarray as xr
     from numpy.typing import ArrayLike
@@ -519,6 +520,34 @@ def circuit(circuit: Circuit, title: str | None = None, *, top: int = 60) -> go.
         x=x_axis, y=_tick_axis("order of computation", list(rows)),
     )  # fmt: skip
     return _figure(traces, layout)
+
+
+def knob(figure: Callable[..., go.Figure], **ranges: tuple[int, int]) -> ipywidgets.VBox:
+    """A figure with a slider for each argument of the function that draws it, ``layer=(0, 3)`` both ends included.
+
+    Shows the still picture. ``ipywidgets.interact`` would show the interactive one, but captures output to do so, and
+    nbclient, which executes notebooks, now and then waits for its whole timeout on such a cell.
+
+    Raises:
+        ValueError: no slider.
+    """
+    import ipywidgets
+
+    if not ranges:
+        raise ValueError("Nothing to turn: give a range for each argument, layer=(0, 3).")
+    sliders = {
+        name: ipywidgets.IntSlider(value=low, min=low, max=high, description=name)
+        for name, (low, high) in ranges.items()
+    }
+    picture = ipywidgets.HTML()
+
+    def redraw(change: Any = None) -> None:
+        picture.value = draw(figure(**{name: slider.value for name, slider in sliders.items()}).to_dict()) or ""
+
+    for slider in sliders.values():
+        slider.observe(redraw, "value")
+    redraw()
+    return ipywidgets.VBox([*sliders.values(), picture])
 
 
 # ------------------------------------------------------------------------------------------------ reading results

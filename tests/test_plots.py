@@ -369,3 +369,16 @@ def test_a_heat_map_can_show_words_instead_of_numbers(effect):
     assert [list(line) for line in turned.data[0].text] == [list(line) for line in texts]
     with pytest.raises(ValueError, match="one word a cell"):
         plots.heatmap(effect, words=words.isel(pos=slice(2)))
+
+
+def test_turning_a_knob_draws_the_figure_anew(patterns):
+    def show(layer, head):
+        return plots.attention(patterns, title=f"head {layer}.{head}", heads=[(layer, head)])
+
+    box = plots.knob(show, layer=(0, 1), head=(0, 2))
+    layer, head, picture = box.children
+    assert (layer.min, layer.max, head.max) == (0, 1, 2) and "head 0.0" in picture.value
+    head.value = 2
+    assert "head 0.2" in picture.value and "L0H2" in picture.value
+    with pytest.raises(ValueError, match="range"):
+        plots.knob(show)
