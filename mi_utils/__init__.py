@@ -15,7 +15,8 @@ _HOMES = {
     "prompts": ("ModelDoesNotKnowTask", "PromptPairs", "ioi_pairs"),
     "metrics": ("METRICS", "LogitDiff"),
     "lens": ("TunedLens", "lens_quality", "logit_lens", "token_rows", "top_tokens", "train_tuned_lens"),
-    "patching": ("NothingChanged", "ablate", "patch_sweep"),
+    "engine": ("SlowPath",),
+    "patching": ("NothingChanged", "ablate", "patch_sweep", "plan_sweep"),
     "attribution": ("direct_logit_attribution",),
     "heads": ("attention_patterns", "head_scores"),
     "probing": (

@@ -312,15 +312,44 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
+def block_flops(shape: ModelShape, seq: int, after: str | None = None) -> float:
+    """Floating-point operations of one block on one token that attends to ``seq`` positions (2 a multiply-add).
+
+    ``after`` counts only what follows a site inside the block, which is all that a patch there makes necessary.
+    """
+    width, kv_width, d_model = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head, shape.d_model
+    steps = {  # in the order of the computation
+        "qkv": d_model * (width + 2 * kv_width),
+        "scores": width * seq,
+        "values": width * seq,
+        "out": width * d_model,
+        "mlp_in": d_model * shape.d_mlp * (2 if shape.gated_mlp else 1),
+        "mlp_out": shape.d_mlp * d_model,
+    }
+    done = {  # how many of them come before a site
+        "q": 1, "k": 1, "v": 1, "pattern": 2, "z": 3, "attn_out": 4, "resid_mid": 4, "mlp_post": 5, "mlp_out": 6,
+        "resid_post": 6,
+    }.get(after or "", 0)  # fmt: skip
+    return 2.0 * sum(list(steps.values())[done:])
+
+
 def estimate_memory(
-    shape: ModelShape, *, batch: int = 1, seq: int = 64, dtype: str = "float32", task: str = "forward"
+    shape: ModelShape,
+    *,
+    batch: int = 1,
+    seq: int = 64,
+    dtype: str = "float32",
+    task: str = "forward",
+    site: str = "resid_pre",
 ) -> MemoryEstimate:
     """Peak memory of inference, before anything is loaded. Good to a factor of about 1.5; loading may need more.
 
     Args:
         batch, seq: prompts at once, and tokens in each.
         task: "forward" (logits only), "cache" (every activation of every layer is kept, as an unfiltered
-            ``run_with_cache`` does) or "patching" (one site of every layer is kept for two runs).
+            ``run_with_cache`` does) or "patching" (of every layer the stream, keys and values of one run, and
+            ``site`` of two).
+        site: what is patched; see ``mi_utils.models.SITES``.
 
     Raises:
         ValueError: unknown dtype or task, or more tokens than the model's context holds.
@@ -343,7 +372,7 @@ def estimate_memory(
     kept = {
         "forward": 0,
         "cache": shape.n_layers * everything,
-        "patching": 2 * shape.n_layers * tokens * max(shape.d_model, width),
+        "patching": shape.n_layers * tokens * (shape.d_model + 2 * kv_width + 2 * _site_width(shape, site, seq)),
     }[task]
     copies = shape.n_layers * shape.d_model * (width + 2 * kv_width)
     copies += shape.d_vocab * shape.d_model if shape.tied_embeddings else 0
@@ -354,6 +383,13 @@ def estimate_memory(
         cache=kept * size,
         logits=tokens * shape.d_vocab * (size + 4),  # and their log-probabilities, in single precision
     )
+
+
+def _site_width(shape: ModelShape, site: str, seq: int) -> int:
+    """Numbers that a site holds for a token."""
+    width, kv_width = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
+    inside = {"q": width, "z": width, "k": kv_width, "v": kv_width, "mlp_post": shape.d_mlp}
+    return shape.n_heads * seq if site == "pattern" else inside.get(site, shape.d_model)
 
 
 @dataclass(frozen=True)

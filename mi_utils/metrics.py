@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -51,10 +52,25 @@ def accuracy(logits: Logits, correct: Int[Tensor, " prompt"], incorrect: Int[Ten
 
 @dataclass(frozen=True)
 class LogitDiff:
-    """Logit difference as a declared metric: an engine can read off that it needs two columns of one position."""
+    """Logit difference as a declared metric: an engine can read off that it needs two columns of one position.
+
+    Any metric may declare itself so: ``columns`` names the tokens, ``of_columns`` takes their logits at the last
+    position, and calling it with all logits gives the same.
+    """
 
     correct: Int[Tensor, " prompt"]
     incorrect: Int[Tensor, " prompt"]
+
+    @property
+    def columns(self) -> Int[Tensor, "prompt column"]:
+        """The tokens whose logits are needed."""
+        return torch.stack([self.correct, self.incorrect], dim=1)
+
+    @staticmethod
+    def of_columns(logits: Float[Tensor, "prompt column"]) -> PerPrompt:
+        """The metric, from the logits of ``columns``."""
+        correct, incorrect = logits.float().unbind(1)
+        return correct - incorrect
 
     def __call__(self, logits: Logits) -> PerPrompt:
         return logit_difference(logits, self.correct, self.incorrect)

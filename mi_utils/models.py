@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -459,6 +460,7 @@ SITES = {
     "v": "blocks.{}.attn.hook_v",
     "z": "blocks.{}.attn.hook_z",
     "pattern": "blocks.{}.attn.hook_pattern",
+    "mlp_post": "blocks.{}.mlp.hook_post",
 }
 
 # Read by the techniques, and not patched: see ``cache``.
@@ -472,8 +474,8 @@ def hook_name(site: str, layer: int) -> str:
     """The name of a site's hook, as :func:`run_with_hooks` takes it.
 
     Activations: the stream and the outputs [prompt, pos, d_model]; q, k, v, z [prompt, pos, head, d_head] (k and v
-    with the heads of grouped attention); pattern [prompt, head, query, key]. An edit of resid_mid reaches the MLP
-    only, not the skip connection round it.
+    with the heads of grouped attention); pattern [prompt, head, query, key]; mlp_post, the MLP's neurons after the
+    nonlinearity [prompt, pos, d_mlp]. An edit of resid_mid reaches the MLP only, not the skip connection round it.
 
     Raises:
         ValueError: unknown site.
@@ -574,6 +576,74 @@ def run_with_hooks(
     """
     with _hooks(model, hooks):
         return run(model, tokens, stop_at_layer=stop_at_layer)
+
+
+def block_arguments(model: Any, tokens: Int[Tensor, "prompt pos"]) -> list[dict[str, Any]]:
+    """What the model hands to each of its blocks beside the residual stream: attention mask, rotary angles and so on.
+
+    They depend on the prompts' length alone, and belong to a batch of any size. For :func:`run_block`.
+    """
+    seen: list[dict[str, Any]] = []
+
+    def remember(block: Any, args: tuple, kwargs: dict) -> None:
+        bound = signature(block.original_component.forward).bind_partial(*args, **kwargs)
+        _stream, *named = bound.arguments.items()
+        arguments = {name: value for name, value in named if name != "kwargs"} | bound.arguments.get("kwargs", {})
+        seen.append(arguments)
+
+    handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in model.blocks]
+    try:
+        run(model, tokens[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def run_block(
+    model: Any,
+    layer: int,
+    stream: Float[Tensor, "prompt pos d_model"],
+    arguments: dict[str, Any],
+    positions: slice = slice(None),
+    past: Any = None,
+    hooks: Sequence[tuple[str, Hook]] = (),
+) -> Float[Tensor, "prompt pos d_model"]:
+    """One of the model's own blocks, weights as they were processed, on some of the positions.
+
+    Args:
+        arguments: of this layer, from :func:`block_arguments`.
+        positions: which positions ``stream`` holds, consecutive ones.
+        past: keys and values of the positions before those. Asked by ``past.update(keys, values, layer)`` for all of
+            them, [prompt, head, pos, d_head] (rotated, where the model rotates them).
+        hooks: see :func:`run_with_hooks`.
+
+    Raises:
+        NotImplementedError: the model hands its blocks something that cannot be cut to these positions.
+    """
+    block = model.blocks[layer]
+    here = {name: _at_positions(name, value, positions) for name, value in arguments.items()}
+    if past is not None:
+        taken = signature(block.original_component.forward).parameters
+        name = next((name for name in ("past_key_values", "layer_past") if name in taken), None)
+        if name is None:
+            raise NotImplementedError(f"The blocks of {info(model).name} take no cached keys and values.")
+        here[name] = past
+    with _hooks(model, hooks):
+        output = block(stream, **here)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _at_positions(name: str, value: Any, positions: slice) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_at_positions(name, each, positions) for each in value)
+    if not hasattr(value, "shape"):
+        return value
+    if name == "attention_mask" and value.ndim == 4:
+        return value[:, :, positions, : positions.stop]
+    if name in ("position_ids", "position_embeddings", "cache_position"):
+        return value[positions] if name == "cache_position" else value[:, positions]
+    raise NotImplementedError(f"{name}, which the model hands to its blocks, is unknown here.")
 
 
 @contextmanager

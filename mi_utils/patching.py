@@ -1,8 +1,7 @@
 """Activation patching: put activations of one run into another and see how much of the behaviour comes with them.
 
-Three parts that know little of one another. The planner (``plan_sweep``) is arithmetic on a table of what differs
-between the two runs: it drops the cells that cannot have an effect and cuts the rest into batches. The executor
-(``_run_rows``) runs one batch. ``patch_sweep`` checks, asks both, and labels the result.
+``patch_sweep`` goes over places one at a time, ``ablate`` takes a set of components out at once. Both check, ask
+``mi_utils.engine`` for the runs, and label the result.
 
 Source: Heimersheim and Nanda 2024, "How to use and interpret activation patching"; Wang et al. 2022 (IOI).
 """
@@ -11,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,173 +21,36 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mi_utils import models
+from mi_utils import engine, models
+from mi_utils.compute import ModelShape
+from mi_utils.engine import UNITS, Edits, Limits, Pass, PlainHooks, Run, SweepPlan, plan_cells
 from mi_utils.metrics import METRICS
 from mi_utils.prompts import PromptPairs
 
 if TYPE_CHECKING:
     import xarray as xr
 
-AXES = ("layer", "pos", "head")
-SITES_WITH_HEADS = ("q", "k", "v", "z", "pattern")
-# Unembed the last position only: on small models the unembedding is a good part of a forward pass.
-LAST_POSITION = ("unembed.hook_in", lambda stream, hook: stream[:, -1:])
+AXES = ("layer", "pos", "head", "neuron")
+REPLACEMENTS = ("other", "mean", "resample", "zero")
 
 
 class NothingChanged(RuntimeError):
     """An intervention that left every activation as it was: its effect would be a number about nothing."""
 
 
-# ---------------------------------------------------------------------------------------------------------- planner
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """Which cells of a sweep have to be run, and in which batches. Made by ``plan_sweep``."""
-
-    over: tuple[str, ...]
-    sizes: dict[str, int]
-    rows: Int[np.ndarray, "row cell"]  # each row: the prompt, then the place on each axis of ``over``
-    batch_size: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the result: prompts, then the axes of ``over``."""
-        return tuple(self.sizes[axis] for axis in ("prompt", *self.over))
-
-    @property
-    def skipped(self) -> int:
-        """Number of cells whose effect is known without running them."""
-        return int(np.prod(self.shape)) - len(self.rows)
-
-    def chunks(self) -> list[Int[np.ndarray, "row cell"]]:
-        """The rows, in batches of at most ``batch_size``; one forward pass each."""
-        return [self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size)]
-
-    def mask(self, rows: Int[np.ndarray, "row cell"]) -> Bool[np.ndarray, "row layer pos head"]:
-        """What each row patches: one place on the axes of ``over``, everything on the others."""
-        mask = np.ones((len(rows), *(self.sizes[axis] for axis in AXES)), dtype=bool)
-        for column, axis in enumerate(self.over, start=1):
-            place = np.arange(self.sizes[axis]) == rows[:, column, None]
-            mask &= np.expand_dims(place, [1 + AXES.index(other) for other in AXES if other != axis])
-        return mask
-
-
-def plan_sweep(changed: Bool[np.ndarray, "prompt layer pos head"], over: Sequence[str], batch_size: int) -> SweepPlan:
-    """Decide what a sweep has to run. Pure: it looks at no model.
-
-    ``changed`` says where the two runs differ at the site. A cell in which nothing differs is an exact no-op and is
-    left out. Rows are ordered by layer first, so that a batch touches few layers.
-    """
-    over = tuple(over)
-    summed_out = tuple(1 + AXES.index(axis) for axis in AXES if axis not in over)
-    active = changed.any(axis=summed_out)
-    remaining = [axis for axis in AXES if axis in over]
-    active = active.transpose(0, *(1 + remaining.index(axis) for axis in over))
-    rows = np.argwhere(active)
-    if "layer" in over:
-        rows = rows[np.argsort(rows[:, 1 + over.index("layer")], kind="stable")]
-    sizes = dict(zip(("prompt", *AXES), changed.shape, strict=True))
-    return SweepPlan(over, sizes, rows, batch_size)
-
-
-# --------------------------------------------------------------------------------------------------------- executor
-
-
-@dataclass
-class Receipt:
-    """What the interventions did to the activations, counted while they happened."""
-
-    elements_changed: int = 0
-    total_change: float = 0.0
-
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Count one edit."""
-        difference = (after.float() - before.float()).abs()
-        self.elements_changed += int((difference > 0).sum())
-        self.total_change += float(difference.sum())
-
-    @property
-    def mean_change(self) -> float:
-        """Mean absolute change of the elements that changed."""
-        return self.total_change / self.elements_changed if self.elements_changed else 0.0
-
-
-def _by_head(site: str, activation: Tensor) -> Float[Tensor, "prompt pos head feature"]:
-    """One layout for every site (a view): sites without heads get one, patterns go by query position."""
-    if site == "pattern":
-        return activation.transpose(1, 2)
-    return activation if site in SITES_WITH_HEADS else activation.unsqueeze(2)
-
-
-def _edit_hooks(site: str, layer: int, edit: Callable[[Tensor], Tensor]) -> list[tuple[str, Callable]]:
-    """Hooks that put ``edit(activation)`` in the place of the activation."""
-    if site != "resid_mid":
-        return [(models.hook_name(site, layer), lambda activation, hook: edit(activation))]
-
-    # The bridge's resid_mid hook is the input of the MLP: an edit there misses the skip connection that goes round the
-    # MLP. What is added to the stream before it reaches both, so edit that.
-    before: list[Tensor] = []
-
-    def remember(activation: Tensor, hook: Any) -> None:
-        before[:] = [activation]
-
-    def edit_sum(attn_out: Tensor, hook: Any) -> Tensor:
-        return edit(before[0] + attn_out) - before[0]
-
-    return [(models.hook_name("resid_pre", layer), remember), (models.hook_name("attn_out", layer), edit_sum)]
-
-
-def _run_rows(
-    model: Any,
-    tokens: Int[Tensor, "row pos"],
-    site: str,
-    new: Callable[[int], Float[Tensor, "row pos head feature"]],
-    mask: Bool[Tensor, "row layer pos head"],
-    receipt: Receipt,
-) -> Float[Tensor, "row 1 d_vocab"]:
-    """One forward pass in which row r gets ``new(layer)[r]`` wherever ``mask[r]`` says so. Last position's logits."""
-    hooks = []
-    for layer in mask.any(dim=(0, 2, 3)).nonzero().flatten().tolist():
-        here = mask[:, layer, :, :, None]
-
-        def edit(activation: Tensor, layer: int = layer, here: Tensor = here) -> Tensor:
-            edited = activation.clone()
-            view = _by_head(site, edited)
-            view.copy_(torch.where(here, new(layer), view))
-            receipt.add(activation, edited)
-            return edited
-
-        hooks += _edit_hooks(site, layer, edit)
-    return models.run_with_hooks(model, tokens, [*hooks, LAST_POSITION])
-
-
-def _activations(
-    model: Any, tokens: Int[Tensor, "prompt pos"], site: str, batch_size: int
-) -> list[Float[Tensor, "prompt pos head feature"]]:
-    """The activations at a site, one tensor a layer."""
-    n_layers = models.info(model).shape.n_layers
-    parts = [models.cache(model, batch, [site]) for batch in tokens.split(batch_size)]
-    return [_by_head(site, torch.cat([part[site, layer] for part in parts])) for layer in range(n_layers)]
-
-
-def _batch_size(tokens: Int[Tensor, "prompt pos"]) -> int:
-    """About 1,000 tokens a pass on a CPU (more falls out of its caches), far more on a GPU (fewer launches)."""
-    budget = 1024 if tokens.device.type == "cpu" else 32768
-    return max(1, budget // tokens.shape[1])
-
-
 # ---------------------------------------------------------------------------------------------------- saved sweeps
 
 
-class _SavedChunks:
-    """Finished chunks, a JSON line each under a header line; a line that was cut off by a kill is dropped.
+class _SavedPasses:
+    """Finished passes, a JSON line each under a header line; a line that was cut off by a kill is dropped.
 
     The header names the sweep. The two baselines stand there too and are compared with a tolerance: they tell apart
     metrics of the same name (two lambdas, say) without refusing a resumption for the sake of rounding.
     """
 
-    def __init__(self, path: str | Path | None, fingerprint: str, clean: np.ndarray, corrupted: np.ndarray) -> None:
+    def __init__(
+        self, path: str | Path | None, fingerprint: str, limits: Limits, clean: np.ndarray, corrupted: np.ndarray
+    ) -> None:
         self.path = None if path is None else Path(path)
         self.done: dict[int, dict] = {}
         if self.path is None:
@@ -199,14 +62,28 @@ class _SavedChunks:
                 f"{self.path} holds another sweep (other model, prompts, site, axes, mode, metric or batch size) or no "
                 "sweep at all. Give this sweep a path of its own, or delete the file."
             )
-        self.done = {entry["chunk"]: entry for entry in map(json.loads, whole[1:])}
-        header = {"patch_sweep": fingerprint, "clean": clean.tolist(), "corrupted": corrupted.tolist()}
+        self.done = {entry["pass"]: entry for entry in map(json.loads, whole[1:])}
+        header = {
+            "patch_sweep": fingerprint, "limits": asdict(limits), "clean": clean.tolist(),
+            "corrupted": corrupted.tolist(),
+        }  # fmt: skip
         keep = "".join(whole) or json.dumps(header) + "\n"
         if keep != text:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside = self.path.with_name(self.path.name + ".tmp")
             beside.write_text(keep)
             beside.replace(self.path)
+
+    @staticmethod
+    def limits(path: str | Path | None) -> Limits | None:
+        """Those of the sweep that the file holds; None where it holds none."""
+        if path is None or not Path(path).exists():
+            return None
+        try:
+            with Path(path).open() as file:
+                return Limits(**json.loads(file.readline())["limits"])
+        except (ValueError, KeyError, TypeError):  # someone else's file: refused later
+            return None
 
     @staticmethod
     def _same(first: list[str], fingerprint: str, clean: np.ndarray, corrupted: np.ndarray) -> bool:
@@ -224,7 +101,7 @@ class _SavedChunks:
         )
 
     def add(self, entry: dict) -> None:
-        self.done[entry["chunk"]] = entry
+        self.done[entry["pass"]] = entry
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -233,7 +110,7 @@ class _SavedChunks:
 def _fingerprint(model: Any, pairs: PromptPairs, plan: SweepPlan, *settings: str) -> str:
     """Hash of all that decides a sweep's numbers: weights (sampled), tokens, answers, plan and settings."""
     info = models.info(model)
-    about = (info.name, info.processing, info.dtype, plan.over, plan.sizes, plan.batch_size, settings)
+    about = (info.name, info.processing, info.dtype, plan.over, plan.sizes, settings)
     digest = hashlib.sha256(repr(about).encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -241,11 +118,164 @@ def _fingerprint(model: Any, pairs: PromptPairs, plan: SweepPlan, *settings: str
         digest.update(name.encode() + sample.tobytes())
     for tensor in (pairs.clean_tokens, pairs.corrupted_tokens, pairs.correct_ids, pairs.incorrect_ids):
         digest.update(torch.as_tensor(tensor).cpu().numpy().tobytes())
-    digest.update(plan.rows.tobytes())
+    for each in plan.passes:
+        digest.update(np.int64(each.start).tobytes() + each.rows.tobytes())
     return digest.hexdigest()
 
 
+# ---------------------------------------------------------------------------------------------- one sweep at work
+
+
+@dataclass
+class Receipt:
+    """What an intervention did to the activations, row by row, counted while it happened."""
+
+    elements: Int[Tensor, " row"]
+    change: Float[Tensor, " row"]
+
+    @classmethod
+    def empty(cls, n_rows: int, device: torch.device | str) -> Receipt:
+        """Of ``n_rows`` interventions that have not happened yet."""
+        return cls(torch.zeros(n_rows, dtype=torch.long, device=device), torch.zeros(n_rows, device=device))
+
+    def add(self, rows: Int[Tensor, " edited"], before: Tensor, after: Tensor) -> None:
+        """Count one edit of these rows."""
+        difference = (after.float() - before.float()).abs().flatten(1)
+        self.elements[rows] += (difference > 0).sum(1)
+        self.change[rows] += difference.sum(1)
+
+
+@dataclass
+class _Sweep:
+    """The two runs of a sweep and what is put where."""
+
+    engine: Any
+    site: str
+    over: tuple[str, ...]
+    base_tokens: Int[Tensor, "prompt pos"]
+    other_tokens: Int[Tensor, "prompt pos"]
+    replace: str
+    n_layers: int
+    seed: int
+    mean: dict[int, Tensor] | None = None  # over all prompts, when all have been seen
+
+    def runs(self, block: slice) -> tuple[Run, Run]:
+        """The unpatched runs of some prompts."""
+        base, other = self.base_tokens[block], self.other_tokens[block]
+        keep = [(self.site, layer) for layer in range(self.n_layers)]
+        return self.engine.run_pair(base, other, keep, self.shared(block))
+
+    def shared(self, block: slice) -> int:
+        """How many positions at the beginning no patch can change."""
+        if self.replace != "other" or isinstance(self.engine, PlainHooks):
+            return 0
+        return int((self.base_tokens[block] != self.other_tokens[block]).any(0).float().argmax())
+
+    def source(self, base: Run, other: Run) -> list[Float[Tensor, "prompt pos unit feature"]]:
+        """What is put in, a tensor a layer."""
+        if self.replace == "other":
+            return [other.activations[self.site, layer] for layer in range(self.n_layers)]
+        there = [base.activations[self.site, layer] for layer in range(self.n_layers)]
+        if self.replace == "zero":
+            return [torch.zeros_like(each) for each in there]
+        if self.replace == "mean":
+            return [self.mean[layer].expand_as(each) for layer, each in enumerate(there)]
+        another = _another(len(base.tokens), self.seed).to(base.tokens.device)
+        return [each[another] for each in there]
+
+    def changed(self, base: Run, other: Run, source: list[Tensor]) -> Bool[np.ndarray, "prompt layer pos unit"]:
+        """Where what is put in differs from what is there. Before the first token that differs, it cannot (attention
+        looks back only), whatever rounding in kernels of another batch shape may say."""
+        by_unit = UNITS.get(self.site) in self.over
+        tables = []
+        for layer, new in enumerate(source):
+            differs = (new != base.activations[self.site, layer]).any(-1)
+            tables.append((differs if by_unit else differs.any(-1, keepdim=True)).cpu().numpy())
+        table = np.stack(tables, axis=1)
+        table = np.pad(table, [(0, 0), (0, 0), (base.start, 0), (0, 0)])
+        if self.replace == "other":
+            table &= _reached(base.tokens, other.tokens)[:, None, :, None]
+        return table
+
+    def edits(self, chunk: Pass, base: Run, source: list[Tensor], first: int, receipt: Receipt) -> Edits:
+        """The edits of one pass. ``first`` is the number of the first prompt of ``base``."""
+        device = base.tokens.device
+        columns = {axis: torch.from_numpy(chunk.rows[:, 1 + i]).to(device) for i, axis in enumerate(self.over)}
+        prompts = torch.from_numpy(chunk.rows[:, 0] - first).to(device)
+        unit = UNITS.get(self.site, "unit")
+
+        def edit(layer: int, rows: Tensor) -> Callable[[Tensor], None]:
+            def place(begin: int) -> tuple:
+                """Index of what is edited, in an activation whose positions begin with ``begin``."""
+                pos = columns["pos"][rows] - begin if "pos" in columns else slice(chunk.start - begin, None)
+                return (pos, columns[unit][rows]) if unit in columns else (pos,)
+
+            def put(activation: Tensor) -> None:
+                here = (rows, *place(chunk.start))
+                before, after = activation[here], source[layer][prompts[rows], *place(base.start)]
+                activation[here] = after
+                receipt.add(rows, before, after)
+
+            return put
+
+        edits: Edits = {}
+        for layer in range(int(chunk.layers[0]), self.n_layers):
+            rows = chunk.layers == layer if "layer" in self.over else chunk.layers <= layer
+            if rows.any():
+                edits[self.site, layer] = edit(layer, torch.from_numpy(np.flatnonzero(rows)).to(device))
+        return edits
+
+
+def _another(n: int, seed: int) -> Int[Tensor, " prompt"]:
+    """For each prompt another one: a single cycle, so that none gets its own activations."""
+    order = np.random.default_rng(seed).permutation(n)
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)
+    return torch.from_numpy(other)
+
+
+def _reached(base: Int[Tensor, "prompt pos"], other: Int[Tensor, "prompt pos"]) -> Bool[np.ndarray, "prompt pos"]:
+    """The positions from the first different token on."""
+    return (base != other).cumsum(dim=1).bool().cpu().numpy()
+
+
 # ----------------------------------------------------------------------------------------------------- public calls
+
+
+def plan_sweep(
+    model: Any,
+    pairs: PromptPairs,
+    site: str,
+    over: Sequence[str],
+    *,
+    metric: str | Callable = "logit_diff",
+    replace: str = "other",
+    batch_size: int | None = None,
+) -> SweepPlan:
+    """What ``patch_sweep`` with the same arguments will run and cost, read off the tokens before anything runs.
+
+    It takes for granted that every activation that can differ does. Where some do not (a head that writes nothing),
+    the sweep itself runs less.
+
+    Raises:
+        ValueError: a wrong argument.
+    """
+    over = _axes(over)
+    _check_arguments(site, over, None, replace, batch_size, len(pairs))
+    shape = models.info(model).shape
+    reached = np.ones(pairs.differs.shape, dtype=bool)
+    if replace == "other":
+        reached = _reached(*_both(pairs))
+    n_units = {"k": shape.n_kv_heads, "v": shape.n_kv_heads, "mlp_post": shape.d_mlp}.get(site, shape.n_heads)
+    changed = np.repeat(reached[:, None], shape.n_layers, axis=1)
+    if replace == "other" and site in ("resid_pre", "q", "k", "v"):  # in layer 0 they have seen one token only
+        changed[:, 0] = pairs.differs.cpu().numpy()
+    changed = np.repeat(changed[..., None], n_units if UNITS.get(site) in over else 1, axis=3)
+    return plan_cells(
+        changed, over, site, shape, _model_limits(model, pairs, site, batch_size),
+        shared=int(reached.any(0).argmax()), dtype=models.info(model).dtype,
+        unembedded=_unembedded(_metric(metric)[0], pairs, shape),
+    )  # fmt: skip
 
 
 def patch_sweep(
@@ -254,195 +284,300 @@ def patch_sweep(
     site: str,
     over: Sequence[str],
     *,
-    mode: str = "denoising",
+    mode: str | None = None,
     metric: str | Callable = "logit_diff",
+    replace: str = "other",
     batch_size: int | None = None,
     progress: bool = True,
     save: str | Path | None = None,
+    seed: int = 0,
 ) -> xr.DataArray:
     """Patch one place at a time, everywhere, and measure how far the answer moves.
+
+    Exact: each cell is a run of the model with that one place changed. Only what the change cannot reach is taken
+    from the unpatched run (the layers below, the positions before), many cells share a pass, and cells in which
+    nothing differs are not run at all. Models for which that does not hold are run whole, with a ``SlowPath`` warning.
 
     Args:
         model: from ``load_model``.
         pairs: the clean and corrupted prompts.
-        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z or pattern. ``pos`` on a pattern is the
-            query's position.
-        over: which axes to step along, of "layer", "pos" and "head". On the others everything is patched at once.
-        mode: "denoising" puts clean activations into the corrupted run (what is enough to bring the answer back?),
-            "noising" corrupted ones into the clean run (what is needed for it?).
+        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, pattern or mlp_post. ``pos`` on a
+            pattern is the query's position.
+        over: which axes to step along, of "layer", "pos", "head" (where the site has heads) and "neuron" (mlp_post).
+            On the others everything is patched at once.
+        mode: "denoising", the default, puts clean activations into the corrupted run (what is enough to bring the
+            answer back?), "noising" corrupted ones into the clean run (what is needed for it?).
         metric: a name in ``METRICS``, or a function that takes pairs and returns a function from logits
-            ``[prompt, pos, d_vocab]`` to values ``[prompt]``.
-        batch_size: patched prompts in one forward pass; by default about 1,000 tokens on a CPU, more on a GPU.
-        save: a file for finished batches. A killed sweep, called again, goes on from there to the identical result.
+            ``[prompt, pos, d_vocab]`` to values ``[prompt]``. One that declares its columns, as ``LogitDiff`` does,
+            is cheaper: the rest of the vocabulary is not computed.
+        replace: what is put in. "other": the activation of the other run. Or an ablation of the clean run, without a
+            ``mode``: "mean" of these prompts at the same position, "resample" (the activation on another of these
+            prompts, drawn with ``seed``), "zero".
+        batch_size: patched prompts in one pass; by default what the device runs best and its memory holds.
+        save: a file for finished passes. A killed sweep, called again, goes on from there to the identical result.
 
     Returns:
         Dims prompt, then ``over`` in the order given. Per prompt (patched - corrupted) / (clean - corrupted): 0 is
-        the corrupted run, 1 the clean run, in both modes. Coordinates ``clean`` and ``corrupted`` hold the metric of
-        the two runs, ``token`` the labels of positions. The attributes hold the receipt: ``elements_changed``,
-        ``mean_change`` (mean absolute change of those) and ``skipped_cells`` (cells where both runs hold the same
-        activations, so that the effect is known).
+        the corrupted run, 1 the clean run, in all modes. Coordinates ``clean`` and ``corrupted`` hold the metric of
+        the two runs, ``token`` the labels of positions; ``n_changed`` and ``mean_change`` the receipt of each cell:
+        how many elements the intervention changed, and by how much on average (0 where it was not run because
+        nothing differs there). The attributes hold the sums ``elements_changed``, ``mean_change``, ``skipped_cells``
+        and the number of passes.
 
     What it does not show: a cell near 0 may still matter when another part does the same work (backup heads), and
     an effect of 1 says that the information passes there, not that it is computed there.
 
     Raises:
         ValueError: a wrong argument, or a saved file that holds another sweep.
-        NothingChanged: the two runs do not differ anywhere at this site.
+        NothingChanged: there is nothing to patch at this site, or patching left everything as it was.
     """
-    over = (over,) if isinstance(over, str) else tuple(over)
-    _check_arguments(site, over, mode, batch_size)
+    over = _axes(over)
+    _check_arguments(site, over, mode, replace, batch_size, len(pairs))
     pairs.check_model(model)
     factory, metric_name = _metric(metric)
-    batch_size = batch_size or _batch_size(pairs.clean_tokens)
+    info = models.info(model)
+    mode = (mode or "denoising") if replace == "other" else "ablation"
+    clean_tokens, corrupted_tokens = _both(pairs)
+    base_tokens, other_tokens = (
+        (corrupted_tokens, clean_tokens) if mode == "denoising" else (clean_tokens, corrupted_tokens)
+    )
+    runner = engine.choose(model, base_tokens, other_tokens, [site])
+    sweep = _Sweep(runner, site, over, base_tokens, other_tokens, replace, info.shape.n_layers, seed)
+    limits = _model_limits(model, pairs, site, batch_size)
+    begun = _SavedPasses.limits(save)
+    if begun and begun.rows == limits.rows:
+        limits = begun  # the memory that is free now must not change a sweep that has begun
 
-    clean, corrupted = (_baseline(model, pairs, tokens, factory, batch_size) for tokens in _both(pairs))
+    # First the unpatched runs, by blocks of prompts that memory holds: baselines, and what there is to patch.
+    blocks = [slice(i, i + limits.prompts) for i in range(0, len(pairs), limits.prompts)]
+    if replace == "mean":
+        sweep.mean = _mean_over(sweep, blocks)
+    baselines, tables, prepared = ([], []), [], None
+    for block in blocks:
+        base, other = sweep.runs(block)
+        for values, run in zip(baselines, (base, other), strict=True):
+            values.append(_measure(runner, factory, pairs[block], run.last))
+        source = sweep.source(base, other)
+        tables.append(sweep.changed(base, other, source))
+        prepared = (block, base, source)
+    base_values, other_values = (np.concatenate(values) for values in baselines)
+    clean, corrupted = (other_values, base_values) if mode == "denoising" else (base_values, other_values)
     gap = _gap(clean, corrupted, metric_name)
 
-    activations = [_activations(model, tokens, site, batch_size) for tokens in _both(pairs)]
-    plan = plan_sweep(_changed(*activations, pairs), over, batch_size)
-    if not len(plan.rows):
+    plan = plan_cells(
+        np.concatenate(tables), over, site, info.shape, limits, shared=base.start,
+        whole=isinstance(runner, PlainHooks), dtype=info.dtype,
+        unembedded=_unembedded(factory, pairs, info.shape),
+    )  # fmt: skip
+    if not plan.n_rows:
         raise NothingChanged(
-            f"Clean and corrupted runs have the same activations at {site} everywhere: there is nothing to patch. "
+            f"What is to be put in at {site} is what stands there already, everywhere: there is nothing to patch. "
             "Choose another site, or prompts that differ before the last token."
         )
-    denoising = mode == "denoising"
-    base_tokens = pairs.corrupted_tokens if denoising else pairs.clean_tokens
-    source = activations[0] if denoising else activations[1]
-    del activations
-
-    fingerprint = _fingerprint(model, pairs, plan, site, mode, metric_name) if save else ""
-    saved = _SavedChunks(save, fingerprint, clean, corrupted)
-    for number, rows in _with_progress(plan.chunks(), f"patching {site}", progress):
+    fingerprint = _fingerprint(model, pairs, plan, site, mode, replace, str(seed), metric_name) if save else ""
+    saved = _SavedPasses(save, fingerprint, limits, clean, corrupted)
+    for number, chunk in _with_progress(plan, f"patching {site}", progress):
         if number in saved.done:
             continue
-        receipt = Receipt()
-        prompts = torch.from_numpy(rows[:, 0]).to(base_tokens.device)
+        block = next(each for each in blocks if each.start <= chunk.rows[0, 0] < each.stop)
+        if block != prepared[0]:
+            runs = sweep.runs(block)
+            prepared = (block, runs[0], sweep.source(*runs))
+        _, base, source = prepared
+        receipt = Receipt.empty(len(chunk.rows), base_tokens.device)
+        edits = sweep.edits(chunk, base, source, block.start, receipt)
+        prompts = torch.from_numpy(chunk.rows[:, 0] - block.start).to(base_tokens.device)
+        join = chunk.layers + (site == "resid_post")
+        last = runner.patched(base, prompts, join, chunk.start, edits)
+        values = _measure(runner, factory, pairs[chunk.rows[:, 0].tolist()], last)
+        elements, change = (_numpy(each).tolist() for each in (receipt.elements, receipt.change))
+        saved.add({"pass": number, "values": values.tolist(), "elements": elements, "change": change})
 
-        def new(layer: int, prompts: Tensor = prompts) -> Tensor:
-            return source[layer][prompts]
-
-        mask = torch.from_numpy(plan.mask(rows)).to(base_tokens.device)
-        logits = _run_rows(model, base_tokens[prompts], site, new, mask, receipt)
-        values = factory(pairs[rows[:, 0].tolist()])(logits)
-        saved.add({"chunk": number, "values": _numpy(values).tolist(), **vars(receipt)})
-
-    receipt = Receipt(
-        sum(entry["elements_changed"] for entry in saved.done.values()),
-        sum(saved.done[number]["total_change"] for number in sorted(saved.done)),
-    )
-    if receipt.elements_changed == 0:
-        raise NothingChanged(f"No activation at {site} was changed by any patch: the hooks did not take effect.")
-    effect = np.full(plan.shape, 0.0 if denoising else 1.0)
-    for number, rows in enumerate(plan.chunks()):
-        values = np.asarray(saved.done[number]["values"])
-        effect[tuple(rows.T)] = (values - corrupted[rows[:, 0]]) / gap[rows[:, 0]]
+    effect = np.broadcast_to(
+        ((base_values - corrupted) / gap).reshape(-1, *[1] * len(over)), plan.shape
+    ).copy()  # a cell that changes nothing leaves the base run as it is
+    elements, change = np.zeros(plan.shape, dtype=int), np.zeros(plan.shape)
+    for number, chunk in enumerate(plan.passes):
+        entry, cells, prompts = saved.done[number], tuple(chunk.rows.T), chunk.rows[:, 0]
+        effect[cells] = (np.asarray(entry["values"]) - corrupted[prompts]) / gap[prompts]
+        elements[cells], change[cells] = entry["elements"], entry["change"]
+    if not elements.any():
+        raise NothingChanged(f"No patch at {site} changed any activation: the interventions never took place.")
+    dims = ("prompt", *over)
     return _labelled(
-        effect, model, pairs, clean, corrupted, over=over, site=site, mode=mode, metric=metric_name,
-        skipped_cells=plan.skipped, batch_size=batch_size, **_receipt_attrs(receipt),
+        effect, model, pairs, clean, corrupted, over=over, site=site, mode=mode, replace=replace, metric=metric_name,
+        skipped_cells=plan.skipped, n_passes=plan.n_passes,
+        elements_changed=int(elements.sum()), mean_change=float(change.sum() / elements.sum()),
+    ).assign_coords(
+        n_changed=(dims, elements), mean_change=(dims, change / np.maximum(elements, 1))
     )  # fmt: skip
 
 
 def ablate(
     model: Any,
     pairs: PromptPairs,
-    heads: Sequence[tuple[int, int]],
+    components: Sequence[tuple[int, int] | str],
     kind: str = "mean",
     *,
     metric: str | Callable = "logit_diff",
     seed: int = 0,
 ) -> xr.DataArray:
-    """Take a set of heads out of the clean run, all at once, and measure what is left of the answer.
+    """Take a set of components out of the clean run, all at once, and measure what is left of the answer.
 
     Args:
-        heads: (layer, head) of each.
-        kind: what stands in for a head's output z, at every position: "zero"; "mean" over these prompts at the same
-            position; "resample", the head's z on another of these prompts, drawn with ``seed``; "corrupted", its z on
-            the corrupted prompt (noising of the whole set: only what distinguishes the two runs is taken away, so
-            this is the kind that reaches 0 where the set carries all of it). Zero is far from
-            anything the model has seen and tends to overstate; report mean or resample beside it. It is also not
-            the same on folded weights, where the values' biases are no longer part of z.
+        components: heads as (layer, head); or labels as ``direct_logit_attribution`` writes them, "L5H3", "attn L5"
+            (all of a layer's attention) and "mlp L5".
+        kind: what stands in for a component's activation (a head's z, what the others write), at every position:
+            "zero"; "mean" over these prompts at the same position; "resample", the activation on another of these
+            prompts, drawn with ``seed``; "corrupted", that on the corrupted prompt (noising of the whole set: only
+            what distinguishes the two runs is taken away, so this is the kind that reaches 0 where the set carries
+            all of it). Zero is far from anything the model has seen and tends to overstate; report mean or resample
+            beside it. It is also not the same on folded weights, where the values' biases are no longer part of z.
 
     Returns:
         Dims (prompt,): 1 = as the clean run, 0 = as the corrupted run (below 0 is possible). Coordinates ``raw`` (the
         metric after ablation), ``clean`` and ``corrupted``; the receipt in the attributes.
 
     Raises:
-        ValueError: no heads, a head that the model has not, an unknown kind, too few prompts for the kind.
-        NothingChanged: the heads write the same with and without ablation (a dead head, identical prompts).
+        ValueError: no components, one that the model has not, an unknown kind, too few prompts for the kind.
+        NothingChanged: they write the same with and without ablation (a dead head, identical prompts).
     """
     shape = models.info(model).shape
-    heads = [(int(layer), int(head)) for layer, head in heads]
-    _check_heads(heads, shape.n_layers, shape.n_heads)
+    places = _places(components, shape)
     if kind not in ("zero", "mean", "resample", "corrupted"):
         raise ValueError(f"Unknown kind of ablation {kind!r}: use 'zero', 'mean', 'resample' or 'corrupted'.")
     if kind in ("mean", "resample") and len(pairs) < 2:
         raise ValueError(f"{kind} ablation draws on other prompts, and there is only one. Give more, or use 'zero'.")
     pairs.check_model(model)
     factory, metric_name = _metric(metric)
-    tokens, batch_size = pairs.clean_tokens, _batch_size(pairs.clean_tokens)
-    clean, corrupted = (_baseline(model, pairs, each, factory, batch_size) for each in _both(pairs))
+    clean_tokens, corrupted_tokens = _both(pairs)
+    runner = engine.choose(model, clean_tokens, corrupted_tokens, sorted({site for site, _ in places}))
+    size = max(1, engine.TOKENS["cpu" if clean_tokens.device.type == "cpu" else "cuda"] // clean_tokens.shape[1])
+    blocks = [slice(i, i + size) for i in range(0, len(pairs), size)]
+    first = min(layer for _, layer in places)
+
+    bases, there, clean, corrupted = [], {place: [] for place in places}, [], []
+    for block in blocks:
+        base, _ = runner.run_pair(clean_tokens[block], None, places)
+        other, _ = runner.run_pair(corrupted_tokens[block], None, places)
+        clean.append(_measure(runner, factory, pairs[block], base.last))
+        corrupted.append(_measure(runner, factory, pairs[block], other.last))
+        for place, parts in there.items():
+            parts.append((other if kind == "corrupted" else base).activations[place])
+        bases.append(Run(base.tokens, 0, base.last, stream={first: base.stream.get(first)}))
+    clean, corrupted = np.concatenate(clean), np.concatenate(corrupted)
     gap = _gap(clean, corrupted, metric_name)
+    stand_in = {place: _stand_in(torch.cat(parts), kind, seed) for place, parts in there.items()}
 
-    z = _activations(model, pairs.corrupted_tokens if kind == "corrupted" else tokens, "z", batch_size)
-    stand_in: dict[int, Tensor] = {}
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)  # a single cycle: no prompt gets its own activations
-    for layer in {layer for layer, _ in heads}:
-        if kind == "zero":
-            stand_in[layer] = torch.zeros_like(z[layer])
-        elif kind == "mean":
-            stand_in[layer] = z[layer].mean(dim=0, keepdim=True).expand_as(z[layer])
-        elif kind == "corrupted":
-            stand_in[layer] = z[layer]
-        else:
-            stand_in[layer] = z[layer][torch.from_numpy(other).to(tokens.device)]
+    elements, change, raw = 0, 0.0, []
+    for block, base in zip(blocks, bases, strict=True):
+        rows = torch.arange(len(base.tokens), device=clean_tokens.device)
+        receipt = Receipt.empty(len(rows), clean_tokens.device)
 
-    mask = torch.zeros(1, shape.n_layers, 1, shape.n_heads, dtype=torch.bool, device=tokens.device)
-    for layer, head in heads:
-        mask[:, layer, :, head] = True
-    receipt, values = Receipt(), []
-    for part in torch.arange(len(pairs), device=tokens.device).split(batch_size):
+        def edit(place: tuple[str, int], block: slice = block, rows: Tensor = rows, receipt: Receipt = receipt) -> Any:
+            units = places[place]
 
-        def new(layer: int, part: Tensor = part) -> Tensor:
-            return stand_in[layer][part]
+            def put(activation: Tensor) -> None:
+                before = activation[:, :, units]
+                activation[:, :, units] = stand_in[place][block][:, :, units]
+                receipt.add(rows, before, activation[:, :, units])
 
-        logits = _run_rows(model, tokens[part], "z", new, mask, receipt)
-        values.append(_numpy(factory(pairs[part.tolist()])(logits)))
-    if receipt.elements_changed == 0:
-        raise NothingChanged(f"{kind} ablation of {heads} changed no activation: these heads write that already.")
-    raw = np.concatenate(values)
+            return put
+
+        last = runner.patched(base, rows, [first] * len(rows), 0, {place: edit(place) for place in places})
+        raw.append(_measure(runner, factory, pairs[block], last))
+        elements += int(receipt.elements.sum())
+        change += float(receipt.change.sum())
+    labels = [each if isinstance(each, str) else f"L{each[0]}H{each[1]}" for each in components]
+    if not elements:
+        raise NothingChanged(f"{kind} ablation of {', '.join(labels)} changed no activation: they write that already.")
+    raw = np.concatenate(raw)
     return _labelled(
-        (raw - corrupted) / gap, model, pairs, clean, corrupted, over=(), site="z", mode="ablation", kind=kind,
-        metric=metric_name, heads=[f"L{layer}H{head}" for layer, head in heads], ablation_seed=seed,
-        **_receipt_attrs(receipt),
+        (raw - corrupted) / gap, model, pairs, clean, corrupted, over=(), site="z" if _all_heads(places) else "mixed",
+        mode="ablation", kind=kind, metric=metric_name, heads=labels, ablation_seed=seed, elements_changed=elements,
+        mean_change=change / elements,
     ).assign_coords(raw=("prompt", raw))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- details
 
 
-def _check_arguments(site: str, over: tuple[str, ...], mode: str, batch_size: int | None) -> None:
+def _axes(over: Sequence[str] | str) -> tuple[str, ...]:
+    return (over,) if isinstance(over, str) else tuple(over)
+
+
+def _check_arguments(
+    site: str, over: tuple[str, ...], mode: str | None, replace: str, batch_size: int | None, n_prompts: int
+) -> None:
     models.hook_name(site, 0)  # raises for an unknown site, naming those there are
     if unknown := [axis for axis in over if axis not in AXES]:
         raise ValueError(f"Cannot patch over {unknown}: the axes are {', '.join(AXES)}.")
     if len(set(over)) < len(over):
         raise ValueError(f"An axis stands twice in over={over}.")
-    if "head" in over and site not in SITES_WITH_HEADS:
-        raise ValueError(f"{site} has no heads to go over; sites with heads are {', '.join(SITES_WITH_HEADS)}.")
-    if mode not in ("denoising", "noising"):
+    for unit in ("head", "neuron"):
+        if unit in over and UNITS.get(site) != unit:
+            there = ", ".join(each for each, kind in UNITS.items() if kind == unit)
+            raise ValueError(f"{site} has no {unit}s to go over; sites with {unit}s are {there}.")
+    if replace not in REPLACEMENTS:
+        raise ValueError(f"Unknown replacement {replace!r}: use {', '.join(REPLACEMENTS)}.")
+    if mode not in (None, "denoising", "noising"):
         raise ValueError(
             f"Unknown mode {mode!r}: use 'denoising' (clean into corrupted) or 'noising' (corrupted into clean)."
         )
+    if mode and replace != "other":
+        raise ValueError(f"replace={replace!r} ablates the clean run; mode={mode!r} is for replace='other'.")
+    if replace in ("mean", "resample") and n_prompts < 2:
+        raise ValueError(f"{replace} ablation draws on other prompts, and there is only one. Give more, or use 'zero'.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
 
 
-def _check_heads(heads: list[tuple[int, int]], n_layers: int, n_heads: int) -> None:
-    if not heads:
-        raise ValueError("No heads given: nothing to ablate.")
-    if missing := [head for head in heads if not (0 <= head[0] < n_layers and 0 <= head[1] < n_heads)]:
-        raise ValueError(f"The model has no heads {missing}: it has {n_layers} layers of {n_heads} heads, from 0.")
+def _places(components: Sequence[tuple[int, int] | str], shape: ModelShape) -> dict[tuple[str, int], list[int]]:
+    """(site, layer) to the units that are taken out there: heads of z, or the whole of what is written."""
+    if isinstance(components, str) or not len(components):
+        raise ValueError("No components given: nothing to ablate.")
+    places: dict[tuple[str, int], list[int]] = {}
+    missing = []
+    for each in components:
+        if isinstance(each, str):
+            found = re.fullmatch(r"L(\d+)H(\d+)|(attn|mlp) L(\d+)", each)
+            if not found:
+                raise ValueError(f"Unknown component {each!r}: write 'L5H3', 'attn L5' or 'mlp L5'.")
+            layer, head, kind, whole = found.groups()
+            place, unit = (("z", int(layer)), int(head)) if kind is None else ((f"{kind}_out", int(whole)), 0)
+        else:
+            place, unit = ("z", int(each[0])), int(each[1])
+        if not (0 <= place[1] < shape.n_layers and 0 <= unit < (shape.n_heads if place[0] == "z" else 1)):
+            missing.append(each)
+        places.setdefault(place, []).append(unit)
+    if missing:
+        raise ValueError(
+            f"The model has no heads or layers {missing}: it has {shape.n_layers} layers of {shape.n_heads} heads, "
+            "from 0."
+        )
+    return places
+
+
+def _all_heads(places: dict[tuple[str, int], list[int]]) -> bool:
+    return all(site == "z" for site, _ in places)
+
+
+def _stand_in(there: Float[Tensor, "prompt pos unit feature"], kind: str, seed: int) -> Tensor:
+    if kind == "zero":
+        return torch.zeros_like(there)
+    if kind == "mean":
+        return there.mean(dim=0, keepdim=True).expand_as(there)
+    return there[_another(len(there), seed).to(there.device)] if kind == "resample" else there
+
+
+def _mean_over(sweep: _Sweep, blocks: list[slice]) -> dict[int, Tensor]:
+    """Mean activation of each layer over all prompts of the base run."""
+    total: dict[int, Tensor] = {}
+    for block in blocks:
+        base, _ = sweep.runs(block)
+        for (_, layer), activation in base.activations.items():
+            total[layer] = total.get(layer, 0) + activation.sum(dim=0, keepdim=True)
+    return {layer: each / len(sweep.base_tokens) for layer, each in total.items()}
 
 
 def _metric(metric: str | Callable) -> tuple[Callable, str]:
@@ -453,21 +588,32 @@ def _metric(metric: str | Callable) -> tuple[Callable, str]:
     return METRICS[metric], metric
 
 
+def _unembedded(factory: Callable, pairs: PromptPairs, shape: ModelShape) -> int:
+    """How many columns of the unembedding a metric needs."""
+    columns = getattr(factory(pairs), "columns", None)
+    return shape.d_vocab if columns is None else columns.shape[1]
+
+
+def _measure(runner: Any, factory: Callable, pairs: PromptPairs, last: Tensor) -> Float[np.ndarray, " prompt"]:
+    """The metric at the last position, from no more of the unembedding than it needs."""
+    metric = factory(pairs)
+    columns = getattr(metric, "columns", None)
+    if columns is None:
+        return _numpy(metric(runner.logits(last)[:, None]))
+    return _numpy(metric.of_columns(runner.logits(last, columns)))
+
+
 def _both(pairs: PromptPairs) -> tuple[Tensor, Tensor]:
     return pairs.clean_tokens, pairs.corrupted_tokens
 
 
+def _model_limits(model: Any, pairs: PromptPairs, site: str, batch_size: int | None) -> Limits:
+    tokens, info = pairs.clean_tokens, models.info(model)
+    return engine.limits_for(info.shape, *tokens.shape, tokens.device, info.dtype, site, batch_size)
+
+
 def _numpy(values: Tensor) -> np.ndarray:
     return values.detach().float().cpu().double().numpy()
-
-
-def _baseline(model: Any, pairs: PromptPairs, tokens: Tensor, factory: Callable, batch_size: int) -> np.ndarray:
-    """The metric of each prompt without any intervention, read as in the patched runs: at the last position."""
-    values = []
-    for part in torch.arange(len(pairs)).split(batch_size):
-        logits = models.run_with_hooks(model, tokens[part], [LAST_POSITION])
-        values.append(_numpy(factory(pairs[part.tolist()])(logits)))
-    return np.concatenate(values)
 
 
 def _gap(clean: np.ndarray, corrupted: np.ndarray, metric: str) -> np.ndarray:
@@ -480,25 +626,13 @@ def _gap(clean: np.ndarray, corrupted: np.ndarray, metric: str) -> np.ndarray:
     return gap
 
 
-def _changed(
-    clean: list[Tensor], corrupted: list[Tensor], pairs: PromptPairs
-) -> Bool[np.ndarray, "prompt layer pos head"]:
-    """Where the two runs differ. Before the first differing token they cannot (attention is causal), whatever
-    rounding in kernels of another batch shape may say."""
-    changed = torch.stack([(a != b).any(-1) for a, b in zip(clean, corrupted, strict=True)], dim=1).cpu().numpy()
-    differs = pairs.clean_tokens != pairs.corrupted_tokens
-    reached = differs.cumsum(dim=1).bool().cpu().numpy()
-    return changed & reached[:, None, :, None]
-
-
-def _with_progress(chunks: list, title: str, progress: bool) -> Iterator[tuple[int, np.ndarray]]:
+def _with_progress(plan: SweepPlan, title: str, progress: bool) -> Iterator[tuple[int, Pass]]:
     from tqdm import tqdm
 
-    return enumerate(tqdm(chunks, desc=title, unit="batch", disable=not progress, leave=False, delay=5))
-
-
-def _receipt_attrs(receipt: Receipt) -> dict[str, Any]:
-    return {"elements_changed": receipt.elements_changed, "mean_change": receipt.mean_change}
+    with tqdm(total=plan.n_rows, desc=title, unit="cell", disable=not progress, leave=False, delay=5) as bar:
+        for number, chunk in enumerate(plan.passes):
+            yield number, chunk
+            bar.update(len(chunk.rows))
 
 
 def _labelled(
