@@ -12,11 +12,13 @@ export TOKENIZERS_PARALLELISM ?= false
 run: $(STAMP)
 	$(BIN)/python -m mi_utils run
 
-# No test may need the model hub, so that they pass without a network.
+# No test may need the model hub, so that they pass without a network. Two workers of one thread each: the notebooks
+# run on one of them against their stored outputs, on the other with another seed.
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -229,7 +229,7 @@ def train_tuned_lens(
     generator = torch.Generator().manual_seed(seed)
     n_layers, n_tokens = len(lens.weight), streams.shape[1]
     losses = np.empty((steps, n_layers))
-    bar = tqdm(range(steps), desc="tuned lens", unit="step", disable=not progress, leave=False)
+    bar = tqdm(range(steps), desc="tuned lens", unit="step", disable=not progress, leave=False, delay=5)
     for step in bar:
         optimiser.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         chosen = torch.randint(n_tokens, (batch_size,), generator=generator).to(streams.device)

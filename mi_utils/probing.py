@@ -509,7 +509,7 @@ def probe(
     names = np.unique(data[entity].values)
     scores = {task: np.full((data.sizes["layer"], len(names)), np.nan) for task in tasks}
     jobs = [(layer, task) for layer in range(data.sizes["layer"]) for task in tasks]
-    for layer, task in tqdm(jobs, desc="probing", unit="task", disable=not progress, leave=False):
+    for layer, task in tqdm(jobs, desc="probing", unit="task", disable=not progress, leave=False, delay=5):
         task_splits, task_labels = tasks[task]
         right = np.full(len(labels), np.nan)
         for train, test in task_splits:
