@@ -522,11 +522,15 @@ def circuit(circuit: Circuit, title: str | None = None, *, top: int = 60) -> go.
     return _figure(traces, layout)
 
 
-def knob(figure: Callable[..., go.Figure], **ranges: tuple[int, int]) -> ipywidgets.VBox:
-    """A figure with a slider for each argument of the function that draws it, ``layer=(0, 3)`` both ends included.
+def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) -> ipywidgets.VBox:
+    """What a function draws or says, with a slider for each of its arguments, ``layer=(0, 3)`` both ends included.
 
-    Shows the still picture. ``ipywidgets.interact`` would show the interactive one, but captures output to do so, and
-    nbclient, which executes notebooks, now and then waits for its whole timeout on such a cell.
+    A figure of this module is shown as its still picture, text as it is. ``ipywidgets.interact`` would show more, but
+    captures output to do so, and nbclient, which executes notebooks, now and then waits for its whole timeout on such
+    a cell.
+
+    Args:
+        ranges: whole numbers give a slider of whole numbers, others one of forty steps.
 
     Raises:
         ValueError: no slider.
@@ -535,14 +539,18 @@ def knob(figure: Callable[..., go.Figure], **ranges: tuple[int, int]) -> ipywidg
 
     if not ranges:
         raise ValueError("Nothing to turn: give a range for each argument, layer=(0, 3).")
+    common = {"continuous_update": False}
     sliders = {
-        name: ipywidgets.IntSlider(value=low, min=low, max=high, description=name)
+        name: ipywidgets.IntSlider(value=low, min=low, max=high, description=name, **common)
+        if isinstance(low, int) and isinstance(high, int)
+        else ipywidgets.FloatSlider(value=low, min=low, max=high, step=(high - low) / 40, description=name, **common)
         for name, (low, high) in ranges.items()
     }
     picture = ipywidgets.HTML()
 
     def redraw(change: Any = None) -> None:
-        picture.value = draw(figure(**{name: slider.value for name, slider in sliders.items()}).to_dict()) or ""
+        shown = show(**{name: slider.value for name, slider in sliders.items()})
+        picture.value = f"<pre>{escape(shown)}</pre>" if isinstance(shown, str) else draw(shown.to_dict()) or ""
 
     for slider in sliders.values():
         slider.observe(redraw, "value")

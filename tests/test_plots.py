@@ -382,3 +382,11 @@ def test_turning_a_knob_draws_the_figure_anew(patterns):
     assert "head 0.2" in picture.value and "L0H2" in picture.value
     with pytest.raises(ValueError, match="range"):
         plots.knob(show)
+
+
+def test_a_knob_shows_text_and_takes_fractions():
+    box = plots.knob(lambda scale: f"<{scale:.1f}>", scale=(-1.0, 1.0))
+    slider, text = box.children
+    assert text.value == "<pre>&lt;-1.0&gt;</pre>"
+    slider.value = 0.5
+    assert text.value == "<pre>&lt;0.5&gt;</pre>"
