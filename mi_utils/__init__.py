@@ -16,7 +16,8 @@ _HOMES = {
     "metrics": ("METRICS", "LogitDiff"),
     "lens": ("TunedLens", "lens_quality", "logit_lens", "token_rows", "top_tokens", "train_tuned_lens"),
     "engine": ("SlowPath",),
-    "patching": ("NothingChanged", "ablate", "patch_sweep", "plan_sweep"),
+    "results": ("NothingChanged",),
+    "patching": ("ablate", "patch_sweep", "plan_sweep"),
     "attribution": ("direct_logit_attribution",),
     "heads": ("attention_patterns", "head_scores"),
     "probing": (

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mi_utils import metrics, models
 from mi_utils.edges import LEVELS
-from mi_utils.gradients import labelled, numpy, record, stream_metric
+from mi_utils.gradients import record, stream_metric
 from mi_utils.graph import (
     ARROW,
     CHANNELS,
@@ -39,6 +39,7 @@ from mi_utils.graph import (
     reading_weights,
 )
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import labelled, numpy
 
 if TYPE_CHECKING:
     import xarray as xr

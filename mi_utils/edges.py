@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_utils import metrics, models
-from mi_utils.gradients import differentiate, labelled, numpy, prompts_per_pass, record, stream_metric
+from mi_utils.gradients import differentiate, prompts_per_pass, record, stream_metric
 from mi_utils.graph import (
     CHANNELS,
     Graph,
@@ -30,8 +30,8 @@ from mi_utils.graph import (
     prompts_at_once,
     reading_weights,
 )
-from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged, labelled, numpy
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mi_utils import metrics, models
 from mi_utils.metrics import LogitDiff, Metric
-from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged, check_gap, check_mode, labelled, numpy
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -212,47 +212,6 @@ def prompts_per_pass(tokens: Int[Tensor, "prompt pos"]) -> int:
 # ---------------------------------------------------------------------------------------------------------- details
 
 
-def check_gap(clean: np.ndarray, corrupted: np.ndarray, metric: str) -> np.ndarray:
-    """Clean minus corrupted.
-
-    Raises:
-        ValueError: it is zero on a prompt, where no effect can be put on the scale.
-    """
-    gap = clean - corrupted
-    if len(flat := np.flatnonzero(gap == 0)):
-        raise ValueError(
-            f"{metric} is the same on the clean and the corrupted prompt for prompts {flat.tolist()}: "
-            "an effect cannot be put on the scale from 0 to 1. Choose another metric, or drop these prompts."
-        )
-    return gap
-
-
-def numpy(values: Tensor) -> np.ndarray:
-    """As an array in double precision."""
-    return values.detach().float().cpu().double().numpy()
-
-
-def labelled(
-    values: np.ndarray, dims: tuple[str, ...], model: Any, pairs: PromptPairs, coords: dict[str, Any],
-    clean: np.ndarray, corrupted: np.ndarray, *, name: str, **attrs: Any,
-) -> xr.DataArray:  # fmt: skip
-    """A result with prompts, baselines and model written on it."""
-    import xarray as xr
-
-    info = models.info(model)
-    coords = coords | {
-        "prompt": np.arange(len(pairs)),
-        "template": ("prompt", list(pairs.template)),
-        "clean": ("prompt", clean),
-        "corrupted": ("prompt", corrupted),
-    }
-    attrs |= {
-        "model": info.name, "processing": info.processing, "seed": info.seed,
-        "mean_clean": float(clean.mean()), "mean_corrupted": float(corrupted.mean()),
-    }  # fmt: skip
-    return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name=name)
-
-
 def _by_head(site: str, activation: Tensor) -> Float[Tensor, "prompt pos head feature"]:
     """One layout for every site: sites without heads get one, patterns go by query position."""
     if site == "pattern":
@@ -276,11 +235,3 @@ def _check_arguments(site: str, over: tuple[str, ...], mode: str, batch_size: in
     check_mode(mode)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-
-
-def check_mode(mode: str) -> None:
-    """Raises ValueError for what is neither denoising nor noising."""
-    if mode not in ("denoising", "noising"):
-        raise ValueError(
-            f"Unknown mode {mode!r}: use 'denoising' (clean into corrupted) or 'noising' (corrupted into clean)."
-        )

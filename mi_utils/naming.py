@@ -183,7 +183,8 @@ def _ablations(model: Any, layer: int, head: int, pairs: PromptPairs | None, see
         losses.append(intact - _repeat_log_prob(model, tokens, [(models.hook_name("z", layer), mean_ablate)]))
     found = [("repeated tokens: nats lost", losses)]
     if pairs is not None:
-        from mi_utils.patching import NothingChanged, ablate
+        from mi_utils.patching import ablate
+        from mi_utils.results import NothingChanged
 
         def lost(each: int) -> float:
             try:

@@ -21,21 +21,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mi_utils import engine, models
+from mi_utils import engine, metrics, models
 from mi_utils.compute import ModelShape
 from mi_utils.engine import UNITS, Edits, Limits, Pass, PlainHooks, Run, SweepPlan, plan_cells
-from mi_utils.metrics import METRICS
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged, check_gap, check_mode, labelled, numpy
 
 if TYPE_CHECKING:
     import xarray as xr
 
 AXES = ("layer", "pos", "head", "neuron")
 REPLACEMENTS = ("other", "mean", "resample", "zero")
-
-
-class NothingChanged(RuntimeError):
-    """An intervention that left every activation as it was: its effect would be a number about nothing."""
 
 
 # ---------------------------------------------------------------------------------------------------- saved sweeps
@@ -274,7 +270,7 @@ def plan_sweep(
     return plan_cells(
         changed, over, site, shape, _model_limits(model, pairs, site, batch_size),
         shared=int(reached.any(0).argmax()), dtype=models.info(model).dtype,
-        unembedded=_unembedded(_metric(metric)[0], pairs, shape),
+        unembedded=_unembedded(metrics.resolve(metric)[0], pairs, shape),
     )  # fmt: skip
 
 
@@ -334,7 +330,7 @@ def patch_sweep(
     over = _axes(over)
     _check_arguments(site, over, mode, replace, batch_size, len(pairs))
     pairs.check_model(model)
-    factory, metric_name = _metric(metric)
+    factory, metric_name = metrics.resolve(metric)
     info = models.info(model)
     mode = (mode or "denoising") if replace == "other" else "ablation"
     clean_tokens, corrupted_tokens = _both(pairs)
@@ -362,7 +358,7 @@ def patch_sweep(
         prepared = (block, base, source)
     base_values, other_values = (np.concatenate(values) for values in baselines)
     clean, corrupted = (other_values, base_values) if mode == "denoising" else (base_values, other_values)
-    gap = _gap(clean, corrupted, metric_name)
+    gap = check_gap(clean, corrupted, metric_name)
 
     plan = plan_cells(
         np.concatenate(tables), over, site, info.shape, limits, shared=base.start,
@@ -390,7 +386,7 @@ def patch_sweep(
         join = chunk.layers + (site == "resid_post")
         last = runner.patched(base, prompts, join, chunk.start, edits)
         values = _measure(runner, factory, pairs[chunk.rows[:, 0].tolist()], last)
-        elements, change = (_numpy(each).tolist() for each in (receipt.elements, receipt.change))
+        elements, change = (numpy(each).tolist() for each in (receipt.elements, receipt.change))
         saved.add({"pass": number, "values": values.tolist(), "elements": elements, "change": change})
 
     effect = np.broadcast_to(
@@ -449,7 +445,7 @@ def ablate(
     if kind in ("mean", "resample") and len(pairs) < 2:
         raise ValueError(f"{kind} ablation draws on other prompts, and there is only one. Give more, or use 'zero'.")
     pairs.check_model(model)
-    factory, metric_name = _metric(metric)
+    factory, metric_name = metrics.resolve(metric)
     clean_tokens, corrupted_tokens = _both(pairs)
     runner = engine.choose(model, clean_tokens, corrupted_tokens, sorted({site for site, _ in places}))
     size = max(1, engine.TOKENS["cpu" if clean_tokens.device.type == "cpu" else "cuda"] // clean_tokens.shape[1])
@@ -466,7 +462,7 @@ def ablate(
             parts.append((other if kind == "corrupted" else base).activations[place])
         bases.append(Run(base.tokens, 0, base.last, stream={first: base.stream.get(first)}))
     clean, corrupted = np.concatenate(clean), np.concatenate(corrupted)
-    gap = _gap(clean, corrupted, metric_name)
+    gap = check_gap(clean, corrupted, metric_name)
     stand_in = {place: _stand_in(torch.cat(parts), kind, seed) for place, parts in there.items()}
 
     elements, change, raw = 0, 0.0, []
@@ -520,10 +516,8 @@ def _check_arguments(
             raise ValueError(f"{site} has no {unit}s to go over; sites with {unit}s are {there}.")
     if replace not in REPLACEMENTS:
         raise ValueError(f"Unknown replacement {replace!r}: use {', '.join(REPLACEMENTS)}.")
-    if mode not in (None, "denoising", "noising"):
-        raise ValueError(
-            f"Unknown mode {mode!r}: use 'denoising' (clean into corrupted) or 'noising' (corrupted into clean)."
-        )
+    if mode is not None:
+        check_mode(mode)
     if mode and replace != "other":
         raise ValueError(f"replace={replace!r} ablates the clean run; mode={mode!r} is for replace='other'.")
     if replace in ("mean", "resample") and n_prompts < 2:
@@ -580,14 +574,6 @@ def _mean_over(sweep: _Sweep, blocks: list[slice]) -> dict[int, Tensor]:
     return {layer: each / len(sweep.base_tokens) for layer, each in total.items()}
 
 
-def _metric(metric: str | Callable) -> tuple[Callable, str]:
-    if callable(metric):
-        return metric, f"{metric.__module__}.{getattr(metric, '__qualname__', repr(metric))}"
-    if metric not in METRICS:
-        raise ValueError(f"Unknown metric {metric!r}: there are {', '.join(METRICS)}; or pass a function.")
-    return METRICS[metric], metric
-
-
 def _unembedded(factory: Callable, pairs: PromptPairs, shape: ModelShape) -> int:
     """How many columns of the unembedding a metric needs."""
     columns = getattr(factory(pairs), "columns", None)
@@ -599,8 +585,8 @@ def _measure(runner: Any, factory: Callable, pairs: PromptPairs, last: Tensor) -
     metric = factory(pairs)
     columns = getattr(metric, "columns", None)
     if columns is None:
-        return _numpy(metric(runner.logits(last)[:, None]))
-    return _numpy(metric.of_columns(runner.logits(last, columns)))
+        return numpy(metric(runner.logits(last)[:, None]))
+    return numpy(metric.of_columns(runner.logits(last, columns)))
 
 
 def _both(pairs: PromptPairs) -> tuple[Tensor, Tensor]:
@@ -610,20 +596,6 @@ def _both(pairs: PromptPairs) -> tuple[Tensor, Tensor]:
 def _model_limits(model: Any, pairs: PromptPairs, site: str, batch_size: int | None) -> Limits:
     tokens, info = pairs.clean_tokens, models.info(model)
     return engine.limits_for(info.shape, *tokens.shape, tokens.device, info.dtype, site, batch_size)
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.detach().float().cpu().double().numpy()
-
-
-def _gap(clean: np.ndarray, corrupted: np.ndarray, metric: str) -> np.ndarray:
-    gap = clean - corrupted
-    if len(flat := np.flatnonzero(gap == 0)):
-        raise ValueError(
-            f"{metric} is the same on the clean and the corrupted prompt for prompts {flat.tolist()}: "
-            "an effect cannot be put on the scale from 0 to 1. Choose another metric, or drop these prompts."
-        )
-    return gap
 
 
 def _with_progress(plan: SweepPlan, title: str, progress: bool) -> Iterator[tuple[int, Pass]]:
@@ -639,20 +611,7 @@ def _labelled(
     effect: np.ndarray, model: Any, pairs: PromptPairs, clean: np.ndarray, corrupted: np.ndarray,
     over: tuple[str, ...], **attrs: Any,
 ) -> xr.DataArray:  # fmt: skip
-    import xarray as xr
-
-    info = models.info(model)
     coords: dict[str, Any] = {axis: np.arange(size) for axis, size in zip(over, effect.shape[1:], strict=True)}
-    coords |= {
-        "prompt": np.arange(len(pairs)),
-        "template": ("prompt", list(pairs.template)),
-        "clean": ("prompt", clean),
-        "corrupted": ("prompt", corrupted),
-    }
     if "pos" in over:
         coords["token"] = ("pos", list(pairs.position_labels))
-    attrs |= {
-        "model": info.name, "processing": info.processing, "seed": info.seed,
-        "mean_clean": float(clean.mean()), "mean_corrupted": float(corrupted.mean()),
-    }  # fmt: skip
-    return xr.DataArray(effect, dims=("prompt", *over), coords=coords, attrs=attrs, name="effect")
+    return labelled(effect, ("prompt", *over), model, pairs, coords, clean, corrupted, name="effect", **attrs)

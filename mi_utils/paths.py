@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mi_utils import metrics, models
-from mi_utils.gradients import check_gap, check_mode, labelled, numpy, record, stream_metric
+from mi_utils.gradients import record, stream_metric
 from mi_utils.graph import CHANNELS, head_of, owner, place
-from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged, check_gap, check_mode, labelled, numpy
 
 if TYPE_CHECKING:
     import xarray as xr

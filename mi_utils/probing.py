@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mi_utils import models
 from mi_utils.metrics import METRICS
-from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -11,8 +11,8 @@ from mi_utils.circuits import Circuit, faithfulness_curve, nested_circuits
 from mi_utils.edges import eap, eap_ig
 from mi_utils.graph import CannotDecompose, Graph
 from mi_utils.models import load_model
-from mi_utils.patching import NothingChanged
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged
 from mi_utils.stats import pooled_effect
 
 

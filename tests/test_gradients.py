@@ -10,8 +10,9 @@ from mi_utils import gradients, models
 from mi_utils.gradients import attribution_patch
 from mi_utils.metrics import LogitDiff
 from mi_utils.models import load_model
-from mi_utils.patching import NothingChanged, patch_sweep
+from mi_utils.patching import patch_sweep
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged
 
 ALL_AXES = {
     site: ("layer", "pos", "head") if site in gradients.SITES_WITH_HEADS else ("layer", "pos") for site in models.SITES

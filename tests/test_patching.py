@@ -15,8 +15,9 @@ from mi_utils import compute, engine, models, patching
 from mi_utils.engine import Blocks, Limits, PlainHooks, SlowPath, plan_cells
 from mi_utils.metrics import LogitDiff
 from mi_utils.models import load_model
-from mi_utils.patching import NothingChanged, ablate, patch_sweep, plan_sweep
+from mi_utils.patching import ablate, patch_sweep, plan_sweep
 from mi_utils.prompts import PromptPairs, ioi_pairs
+from mi_utils.results import NothingChanged
 
 N_HEADS, D_HEAD, D_MODEL = 4, 8, 32  # of the random model
 COLUMNS = [slice(head * D_HEAD, (head + 1) * D_HEAD) for head in range(N_HEADS)]

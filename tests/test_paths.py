@@ -10,9 +10,9 @@ from mi_utils import models
 from mi_utils.circuits import Circuit
 from mi_utils.graph import Graph
 from mi_utils.models import load_model
-from mi_utils.patching import NothingChanged
 from mi_utils.paths import path_patch
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged
 
 
 @pytest.fixture(scope="module")

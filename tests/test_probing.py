@@ -7,7 +7,6 @@ import torch
 
 from mi_utils import models, probing
 from mi_utils.models import load_model
-from mi_utils.patching import NothingChanged
 from mi_utils.probing import (
     Leak,
     Span,
@@ -26,6 +25,7 @@ from mi_utils.probing import (
     steer,
 )
 from mi_utils.prompts import PromptPairs
+from mi_utils.results import NothingChanged
 from mi_utils.stats import summarise
 
 D_MODEL = 48
