@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 # Read when the libraries are imported, so set before any of them is.
@@ -21,8 +22,9 @@ LINES = (
 )
 
 
-def byte_level_tokenizer(vocab_size: int | None = None):
-    """Byte-level BPE in which the words of ``LINES`` are whole; padded to ``vocab_size``, BOS last, as in GPT-2."""
+def byte_level_tokenizer(vocab_size: int | None = None, words: Sequence[str] = ()):
+    """Byte-level BPE in which the words of ``LINES`` and ``words`` are whole; padded to ``vocab_size``, BOS last, as in
+    GPT-2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -39,22 +41,26 @@ def byte_level_tokenizer(vocab_size: int | None = None):
     )
     learned = json.loads(trained.to_str())["model"]
     vocabulary = dict(learned["vocab"])
+    for piece in (form for word in words for form in (word, "\u0120" + word)):  # as byte-level BPE writes a space
+        vocabulary.setdefault(piece, len(vocabulary))
     for number in range(len(vocabulary), (vocab_size or len(vocabulary) + 1) - 1):
         vocabulary[f"unused{number}"] = number
     vocabulary[BOS] = len(vocabulary)
-    tokenizer = fresh(models.BPE(vocabulary, [tuple(merge) for merge in learned["merges"]]))
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = fresh(models.BPE(vocabulary, merges, ignore_merges=bool(words)))
     tokenizer.add_special_tokens([BOS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS)
 
 
 def save_random_gpt2(
-    directory: Path, seed: int = 0, half: bool = False, vocab_size: int | None = None, **sizes
-) -> Path:
+    directory: Path, seed: int = 0, half: bool = False, vocab_size: int | None = None, words: Sequence[str] = (),
+    **sizes,
+) -> Path:  # fmt: skip
     """A GPT-2 with random weights and its tokenizer as an ordinary Hugging Face directory."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    tokenizer = byte_level_tokenizer(vocab_size)
+    tokenizer = byte_level_tokenizer(vocab_size, words)
     bos = tokenizer.bos_token_id
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=bos, eos_token_id=bos, **sizes)
     with torch.random.fork_rng():
@@ -113,6 +119,8 @@ def architectures(tmp_path_factory):
 @pytest.fixture(scope="session")
 def hub_cache(tmp_path_factory) -> Path:
     """$HF_HOME with GPT-2 small in its exact shapes, under both of its hub ids, as a download would have left it."""
+    from mi_utils.smallworld import lexicon
+
     home = tmp_path_factory.mktemp("hf_home")
     commit = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
     first, second = (home / "hub" / f"models--{name}" for name in ("gpt2", "openai-community--gpt2"))
@@ -120,7 +128,8 @@ def hub_cache(tmp_path_factory) -> Path:
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(commit)
         (repository / "snapshots" / commit).mkdir(parents=True)
-    snapshot = save_random_gpt2(first / "snapshots" / commit, half=True, vocab_size=50257)
+    words = [*lexicon.words(), *(form for forms in lexicon.VERB_FORMS for form in forms)]  # as in GPT-2's own
+    snapshot = save_random_gpt2(first / "snapshots" / commit, half=True, vocab_size=50257, words=words)
     for file in snapshot.iterdir():
         (second / "snapshots" / commit / file.name).symlink_to(file)
     return home
