@@ -68,9 +68,9 @@ def main(names: list[str]) -> None:
     for name in modules(names):
         module = import_module(name)
         sections[name] = f"## {module.TITLE}\n\n{table(module.main())}\n\n{machine()}\n"
-        print(sections[name])
-    body = "".join(f"\n<!-- {name} -->\n{sections[name].strip()}\n" for name in sorted(sections))
-    RESULTS.write_text(HEAD + body, encoding="utf-8")
+        print(sections[name], flush=True)
+        body = "".join(f"\n<!-- {name} -->\n{sections[name].strip()}\n" for name in sorted(sections))
+        RESULTS.write_text(HEAD + body, encoding="utf-8")  # each as it is done: a run that is cut short loses one
 
 
 if __name__ == "__main__":
