@@ -23,11 +23,11 @@ test: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=.
 
-# Run the notebooks from fresh kernels, top to bottom, and store what they print and draw.
+# Run the notebooks from fresh kernels, top to bottom, and store what they print and draw, progress bars aside.
 outputs: $(STAMP)
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 notebooks/*.ipynb
 	$(BIN)/nbstripout --keep-output --keep-count notebooks/*.ipynb
-	$(BIN)/python docs/picture.py
+	$(BIN)/python docs/outputs.py
 
 train: $(STAMP)
 	$(BIN)/python -m mi_utils.smallworld.train --seed $(SEEDS)

@@ -128,7 +128,7 @@ def test_commands_in_pages_exist(path):
 
 
 def test_the_readme_shows_the_picture_that_the_notebook_stores():
-    picture = run_path(str(ROOT / "docs" / "picture.py"))
+    picture = run_path(str(ROOT / "docs" / "outputs.py"))
     assert picture["PICTURE"].read_text(encoding="utf-8").strip() == picture["stored_picture"]().strip()
     assert f"]({picture['PICTURE'].relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
