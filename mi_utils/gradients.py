@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_utils import metrics, models
-from mi_utils.metrics import LogitDiff, Metric
+from mi_utils.engine import UNITS
+from mi_utils.metrics import Metric
 from mi_utils.prompts import PromptPairs
 from mi_utils.results import NothingChanged, check_gap, check_mode, labelled, numpy
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 AXES = ("layer", "pos", "head")
-SITES_WITH_HEADS = ("q", "k", "v", "z", "pattern")
+SITES_WITH_HEADS = tuple(site for site, unit in UNITS.items() if unit == "head")
 
 StreamMetric = Callable[[Float[Tensor, "prompt d_model"]], Float[Tensor, " prompt"]]
 
@@ -190,17 +191,12 @@ def differentiate(
 def stream_metric(model: Any, metric: Metric) -> StreamMetric:
     """The metric as a function of the last position's residual stream after the last block.
 
-    A declared logit difference asks for two columns of the unembedding, any other metric for all of them.
+    One that declares its columns, as ``LogitDiff`` does, asks for these of the unembedding, any other for all.
     """
-    if not isinstance(metric, LogitDiff):
+    columns = getattr(metric, "columns", None)
+    if columns is None:
         return lambda stream: metric(models.unembed(model, stream[:, None]))
-    ids = torch.stack([torch.as_tensor(metric.correct), torch.as_tensor(metric.incorrect)], dim=1)
-
-    def difference(stream: Float[Tensor, "prompt d_model"]) -> Float[Tensor, " prompt"]:
-        right, wrong = models.unembed(model, stream, ids).float().unbind(1)
-        return right - wrong
-
-    return difference
+    return lambda stream: metric.of_columns(models.unembed(model, stream, columns))
 
 
 def prompts_per_pass(tokens: Int[Tensor, "prompt pos"]) -> int:

@@ -464,10 +464,7 @@ SITES = {
 }
 
 # Read by the techniques, and not patched: see ``cache``.
-READ_SITES = {
-    "attn_scores": "blocks.{}.attn.hook_attn_scores",
-    "mlp_post": "blocks.{}.mlp.hook_post",
-}
+READ_SITES = {"attn_scores": "blocks.{}.attn.hook_attn_scores"}
 
 
 def hook_name(site: str, layer: int) -> str:
@@ -518,8 +515,7 @@ def cache(
     """Run the model and keep the activations asked for, and nothing else (copies, so that no larger tensor stays).
 
     Args:
-        sites: see :func:`hook_name`; also attn_scores [prompt, head, query, key] (scaled, before the softmax) and
-            mlp_post [prompt, pos, d_mlp] (what the MLP's neurons hold, before its output matrix).
+        sites: see :func:`hook_name`; also attn_scores [prompt, head, query, key] (scaled, before the softmax).
         layers: all by default. The run ends after the last one asked for.
         positions: which to keep, negative ones counted from the end; of a pattern or scores, the query's. All by
             default.
