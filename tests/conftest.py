@@ -87,6 +87,14 @@ def tiny(tiny_dir):
 
 
 @pytest.fixture(scope="session")
+def directory(tmp_path_factory) -> str:
+    """Random weights in the shapes of the hand-set model."""
+    import handset
+
+    return str(handset.save_random(tmp_path_factory.mktemp("random")))
+
+
+@pytest.fixture(scope="session")
 def architectures(tmp_path_factory):
     """Small random models of other kinds: grouped-query attention with rotary positions, RMSNorm and gated MLPs, and
     rotary positions with attention and MLP in parallel."""

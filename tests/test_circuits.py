@@ -22,11 +22,6 @@ def hugging_face(directory):
     return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(handset.save_random(tmp_path_factory.mktemp("random")))
-
-
 @pytest.fixture(scope="module", params=["folded", "raw"])
 def model(directory, request):
     return load_model(directory, processing=request.param)

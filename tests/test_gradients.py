@@ -4,7 +4,7 @@ import handset
 import numpy as np
 import pytest
 import torch
-from test_circuits import directory, hugging_face, save_llama  # noqa: F401
+from test_circuits import hugging_face, save_llama
 
 from mi_utils import gradients, models
 from mi_utils.gradients import attribution_patch
@@ -20,7 +20,7 @@ ALL_AXES = {
 
 
 @pytest.fixture(scope="module")
-def model(directory):  # noqa: F811
+def model(directory):
     return load_model(directory)
 
 
@@ -78,7 +78,7 @@ def plain_estimates(hf, pairs, mode):
 
 
 @pytest.mark.parametrize("mode", ["denoising", "noising"])
-def test_agrees_with_plain_autograd(model, pairs, directory, mode):  # noqa: F811
+def test_agrees_with_plain_autograd(model, pairs, directory, mode):
     expected = plain_estimates(hugging_face(directory), pairs, mode)
     for site in ("resid_pre", "mlp_out"):
         found = attribution_patch(model, pairs, site, mode=mode, batch_size=2)
@@ -103,7 +103,7 @@ def save_closer(source, target, pairs, share):
     return str(target)
 
 
-def test_the_error_falls_with_the_square_of_the_difference(directory, model, pairs, tmp_path):  # noqa: F811
+def test_the_error_falls_with_the_square_of_the_difference(directory, model, pairs, tmp_path):
     one = pairs[[0]]
     errors = {site: [] for site in models.SITES}
     for share in (0.1, 0.025):

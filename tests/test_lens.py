@@ -11,11 +11,6 @@ from mi_utils.models import load_model
 from mi_utils.prompts import PromptPairs
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(handset.save_random(tmp_path_factory.mktemp("random")))
-
-
 @pytest.fixture(scope="module", params=["folded", "raw"])
 def model(directory, request):
     return load_model(directory, processing=request.param)

@@ -24,11 +24,6 @@ COLUMNS = [slice(head * D_HEAD, (head + 1) * D_HEAD) for head in range(N_HEADS)]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(handset.save_random(tmp_path_factory.mktemp("random")))
-
-
-@pytest.fixture(scope="module")
 def model(directory):
     return load_model(directory)
 

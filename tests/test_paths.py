@@ -4,7 +4,7 @@ import handset
 import numpy as np
 import pytest
 from plain_circuits import PlainGraph, difference
-from test_circuits import directory, hugging_face, known, save_llama  # noqa: F401
+from test_circuits import hugging_face, known, save_llama  # noqa: F401
 
 from mi_utils import models
 from mi_utils.circuits import Circuit
@@ -16,7 +16,7 @@ from mi_utils.results import NothingChanged
 
 
 @pytest.fixture(scope="module")
-def model(directory):  # noqa: F811
+def model(directory):
     return load_model(directory)
 
 
@@ -26,7 +26,7 @@ def pairs(model):
 
 
 @pytest.fixture(scope="module")
-def plain(directory):  # noqa: F811
+def plain(directory):
     return PlainGraph(hugging_face(directory))
 
 
