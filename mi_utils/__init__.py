@@ -24,6 +24,11 @@ _HOMES = {
         "activations", "agreement_documents", "agreement_pairs", "corpus_tokens", "difference_in_means", "erase",
         "label_tokens", "probe", "random_direction", "steer",
     ),
+    "features": (
+        "ablate_feature", "against_controls", "feature_directions", "feature_search", "logit_effects", "steer_feature",
+        "token_batches",
+    ),
+    "concepts": ("concept_search", "concept_table", "corpus_concepts", "prompt_concept", "shuffle_labels"),
     "ov_qk": ("composition_scores", "copying_scores", "matching_scores", "ov_circuit", "score_parts", "weight_scores"),
     "naming": ("HeadReport", "head_report"),
     "gradients": ("attribution_patch",),
