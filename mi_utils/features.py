@@ -52,11 +52,13 @@ class Dictionary(Protocol):
 
 
 def check_dictionary(model: Any, sae: Dictionary) -> None:
-    """Refuse a dictionary that cannot belong to this model.
+    """Refuse a dictionary that cannot belong to this model. One that can say so itself (``check_model``) is asked.
 
     Raises:
         ValueError: unknown site or layer, or another width than the model's stream.
     """
+    if hasattr(sae, "check_model"):
+        sae.check_model(model)
     info = models.info(model)
     models.hook_name(sae.site, sae.layer)
     if not 0 <= sae.layer < info.shape.n_layers:
