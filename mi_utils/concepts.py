@@ -34,6 +34,7 @@ BATCH_TOKENS = 4096
 LEAST = {"examples": 20, "word": 3, "template": 2}  # that a concept must hold on, in each half, to be searched for
 SHUFFLES = 499
 CANDIDATES = 10
+BAR = 25  # concepts that the dictionaries of the embedded model are to have
 LAST_TOKEN = re.compile(r"(?:\w+|[^\w\s])\s*$")  # a word or a mark at the end of a text
 SEED = 30_000  # of documents: neither those of the models nor those of the dictionaries
 
@@ -506,3 +507,129 @@ def _difference_in_means(
         n, k = len(there), there.sum()
         auroc.append((rankdata(values)[there].sum() - k * (k + 1) / 2) / (k * (n - k)))
     return {"baseline_f1": np.array(f1), "baseline_auroc": np.array(auroc)}
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+def corpus_sample(model: Any, n_documents: int = 4000, seed: int = 0) -> ConceptTokens:
+    """:func:`corpus_concepts` of so many documents that neither the models nor the dictionaries were trained on.
+
+    Half are drawn as the corpus draws them, half evenly from its families, so that rare ones give enough examples.
+    """
+    from random import Random
+
+    from mi_utils.smallworld import corpus
+
+    rng, stream = Random(SEED + seed), corpus.documents(SEED + seed)
+    families = [write for _, write in corpus.FAMILIES.values()]
+    return corpus_concepts(
+        model, [next(stream) if i % 2 else families[i // 2 % len(families)](rng) for i in range(n_documents)]
+    )
+
+
+def concept_table(
+    model: Any,
+    saes: Mapping[str, Dictionary],
+    data: ConceptTokens | None = None,
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> xr.Dataset:
+    """:func:`concept_search` in several dictionaries, for each concept that of the best discovery F1.
+
+    Args:
+        saes: by name.
+        data: from :func:`corpus_sample`, which is the default; or from :func:`shuffle_labels` of it, for the control.
+        settings: of :func:`concept_search`.
+
+    Returns:
+        As :func:`concept_search`, with ``sae`` along concept; ``p`` is multiplied by the number of dictionaries.
+
+    Raises:
+        ValueError: no dictionaries, or as :func:`concept_search`.
+    """
+    import xarray as xr
+
+    if not saes:
+        raise ValueError("No dictionaries to search in: give {name: sae}.")
+    data = corpus_sample(model, seed=seed) if data is None else data
+    tables = [concept_search(model, sae, data, seed=seed, **settings) for sae in saes.values()]
+    best = np.stack([table["discovery_f1"].values for table in tables]).argmax(0)
+    names = list(saes)
+    p = np.minimum(1, np.stack([table["p"].values for table in tables]) * len(tables))
+    own = np.arange(len(best))
+    columns = {
+        name: np.stack([table[name].values for table in tables])[best, own]
+        for name, values in tables[0].data_vars.items()
+        if values.dims == ("concept",)
+    }
+    first = tables[0].attrs
+    columns |= {
+        "p": p[best, own], "found": (columns["f1"] >= first["bar"]) & (p[best, own] <= first["level"]),
+        "sae": np.array(names)[best],
+    }  # fmt: skip
+    attrs = {name: value for name, value in first.items() if name not in ("site", "layer", "n_features")}
+    return xr.Dataset(
+        {name: ("concept", values) for name, values in columns.items()},
+        coords={"concept": tables[0]["concept"].values}, attrs=attrs | {"saes": names},
+    )  # fmt: skip
+
+
+def main(
+    model_name: str, sae_names: Sequence[str] = (), n_documents: int = 4000, control_tokens: int = 400_000
+) -> bool:
+    """Print the table of concepts and its two controls; whether it reaches its bar and the controls find none.
+
+    The controls search in the same way: with the same dictionaries on shuffled labels; and on the same shape with
+    random weights, with dictionaries trained on it at the same sites, of the same width.
+
+    Raises:
+        ValueError: an unknown dictionary, or one of another model.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from mi_utils import sae
+    from mi_utils.models import load_model
+
+    model = load_model(model_name)
+    own = re.compile(re.escape(model_name) + r"-[a-z_]+-\d+")
+    chosen = list(sae_names) or [name for name in sae.shipped_saes() if own.fullmatch(name)]
+    if not chosen:
+        raise ValueError(f"No dictionary ships for {model_name}: train one, and give its folder with --sae.")
+    saes = {name: sae.load_sae(name, model) for name in chosen}
+    data = corpus_sample(model, n_documents)
+    table = concept_table(model, saes, data)
+    shuffled = concept_table(model, saes, shuffle_labels(data))
+    untrained = load_model(f"random:{model_name}")
+    fresh = {
+        name: sae.train_sae(
+            untrained,
+            site=each.site,
+            layer=each.layer,
+            n_features=each.n_features,
+            n_tokens=control_tokens,
+            architecture=each.passport.architecture,
+            k=each.passport.training.get("k") or 16,
+        )
+        for name, each in saes.items()
+    }
+    control = concept_table(untrained, fresh, data)
+    shown = Table(title=f"Concepts in single features of {model_name}, held-out half")
+    for heading in ("concept", "dictionary", "feature", "F1", "precision", "recall", "AUROC", "means F1", "p", ""):
+        shown.add_column(heading, justify="left" if heading in ("concept", "dictionary", "") else "right")
+    for row in table.sortby("f1", ascending=False).to_dataframe().itertuples():
+        numbers = (row.f1, row.precision, row.recall, row.auroc, row.baseline_f1, row.p)
+        shown.add_row(
+            row.Index, row.sae, str(row.feature), *(f"{number:.3f}" for number in numbers),
+            "[green]found[/]" if row.found else "",
+        )  # fmt: skip
+    console = Console(width=120)
+    console.print(shown)
+    counts = [int(each["found"].sum()) for each in (table, shuffled, control)]
+    console.print(
+        f"Found {counts[0]} of {table.sizes['concept']} concepts (bar {BAR}); with shuffled labels {counts[1]}, with "
+        f"random weights {counts[2]}. Not searched for, too few words or templates: {len(table.attrs['untested'])}."
+    )
+    return counts[0] >= BAR and not any(counts[1:])
