@@ -429,7 +429,8 @@ def best_f1(
     active: Any, holds: Bool[np.ndarray, "concept example"]
 ) -> tuple[Float[np.ndarray, "concept feature"], Float[np.ndarray, "concept feature"]]:
     """The best F1 of every feature for every concept over all thresholds above zero, and the threshold: a token is
-    said to have the concept when the activation is at least that. Of equal F1 the highest threshold."""
+    said to have the concept when the activation is at least that. It lies halfway between two activations that occur;
+    of equal F1 it is the highest."""
     from scipy import sparse
 
     active = sparse.csc_array(active)
@@ -448,14 +449,15 @@ def best_f1(
 def _best_cut(
     values: Float[np.ndarray, " n"], holds: Bool[np.ndarray, "concept n"], positives: Int[np.ndarray, " concept"]
 ) -> tuple[Float[np.ndarray, " concept"], Float[np.ndarray, " concept"]]:
-    """Best F1 over cuts between different values, and the lowest value that is still above the cut."""
+    """Best F1 over cuts between different values, and the cut: halfway to the next lower value, from the last to 0."""
     order = np.argsort(-values, kind="stable")
     ranked = values[order]
     ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
     right = np.cumsum(holds[:, order], axis=1, dtype=np.int32)[:, ends]
     f1 = 2 * right / (ends + 1 + positives[:, None])
     best = f1.argmax(1)
-    return f1[np.arange(len(holds)), best], ranked[ends[best]]
+    lower = np.append(ranked[1:], min(0, ranked[-1]))
+    return f1[np.arange(len(holds)), best], (ranked[ends[best]] + lower[ends[best]]) / 2
 
 
 def _says(active: Any, features: Int[np.ndarray, " rank"], threshold: Float[np.ndarray, " rank"]) -> np.ndarray:

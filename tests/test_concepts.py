@@ -1,0 +1,266 @@
+"""Search by concept on dictionaries of which it is known what their features stand for."""
+
+import itertools
+
+import numpy as np
+import pytest
+import test_probing
+import torch
+from scipy import sparse
+from test_features import Rectified, drawn
+
+from mi_utils import concepts
+from mi_utils.concepts import (
+    ConceptTokens,
+    best_f1,
+    concept_search,
+    concept_table,
+    corpus_concepts,
+    corpus_sample,
+    feature_auroc,
+    halves,
+    labels_of,
+    prompt_concept,
+    shuffle_labels,
+)
+from mi_utils.models import load_model
+from mi_utils.smallworld import corpus, lexicon
+
+SIGN, THINGS, FRAMES = test_probing.SIGN, test_probing.THINGS, test_probing.FRAMES
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """Activations [200, 12], a third of them zero, few different values; three concepts."""
+    rng = np.random.default_rng(0)
+    values = np.maximum(rng.integers(-2, 5, (200, 12)), 0).astype(np.float32)
+    values[:, 4], values[:, 5] = 0, 2
+    holds = rng.random((3, 200)) < [[0.5], [0.2], [0.05]]
+    values[holds[1], 6] = 6
+    return values, holds
+
+
+def test_auroc_is_that_of_scikit_learn(scored):
+    from sklearn.metrics import roc_auc_score
+
+    values, holds = scored
+    expected = [[roc_auc_score(row, column) for column in values.T] for row in holds]
+    assert np.allclose(feature_auroc(sparse.csr_array(values), holds), expected, atol=1e-12)
+
+
+def test_best_f1_is_the_best_of_all_thresholds(scored):
+    from sklearn.metrics import f1_score
+
+    values, holds = scored
+    f1, threshold = best_f1(sparse.csr_array(values), holds)
+    for c, f in itertools.product(range(len(holds)), range(values.shape[1])):
+        cuts = sorted(set(values[:, f][values[:, f] > 0].tolist()), reverse=True)
+        scores = [f1_score(holds[c], values[:, f] >= cut) for cut in cuts]
+        assert f1[c, f] == pytest.approx(max(scores, default=0))
+        cut = int(np.argmax(scores or [0]))
+        assert threshold[c, f] == ((cuts[cut] + [*cuts, 0][cut + 1]) / 2 if cuts else np.inf)
+    assert f1[1, 6] == pytest.approx(1) and threshold[1, 6] == 5 and (f1[:, 4] == 0).all()
+
+
+def test_correction_keeps_its_word_without_any_effect():
+    """Labels in runs of three, features that know nothing of them, 12 concepts: p below 0.2 for any in a fifth."""
+    hits, rng = 0, np.random.default_rng(1)
+    text = np.repeat(np.arange(60), 3)
+    for seed in range(120):
+        holds = np.repeat(rng.random((12, 60)) < 0.3, 3, axis=1)
+        says = np.repeat(rng.random((12, 60)) < 0.3, 3, axis=1)
+        hits += concepts._corrected(says, holds, text, 99, seed).min() <= 0.2
+    assert 12 <= hits <= 38  # 24 expected, standard deviation 4.4
+
+
+def test_correction_finds_what_is_there():
+    rng = np.random.default_rng(2)
+    holds = rng.random((5, 100)) < 0.3
+    says = rng.random((5, 100)) < 0.3
+    says[2] = holds[2]
+    says[3], says[4] = True, False
+    p = concepts._corrected(says, holds, np.arange(100), 199, 0)
+    assert p[2] == 1 / 200 and p[[0, 1]].min() > 0.05
+    assert (p[[3, 4]] == 1).all()  # always or never yes is no evidence, whatever F1 says
+
+
+# ---------------------------------------------------------------- a planted concept
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return load_model(test_probing.save_planted(tmp_path_factory.mktemp("planted")))
+
+
+@pytest.fixture(scope="module")
+def labelled(planted):
+    """Things in frames with their sign, "1" or "-1"."""
+    return test_probing.things(planted)
+
+
+@pytest.fixture(scope="module")
+def found():
+    directions = drawn(64, test_probing.D_MODEL, seed=8)
+    directions[3] = test_probing.planted_direction()
+    return Rectified(directions, 1.0, site="resid_post", layer=1)
+
+
+def test_the_planted_feature_is_found(planted, labelled, found):
+    table = concept_search(planted, found, labelled)
+    one = table.sel(concept="1")
+    assert one["found"] and one["feature"] == 3 and one["p"] < 0.01
+    assert min(float(one[name]) for name in ("f1", "precision", "recall", "auroc", "baseline_f1")) > 0.99
+    assert one["candidate_feature"].values[0] == 3 and one["candidate_f1"].values[0] == one["f1"]
+    assert (np.diff(one["candidate_discovery_f1"]) <= 0).all()
+    assert not table.sel(concept="-1")["found"]  # it has no feature, though the means tell it well
+    assert table.sel(concept="-1")["baseline_f1"] > 0.9
+    assert table.attrs["n_features"] == 64 and table.attrs["site"] == "resid_post"
+
+
+def test_shuffled_labels_find_none(planted, labelled, found):
+    data = concepts._one_label_each(labelled)
+    for seed in range(5):
+        shuffled = shuffle_labels(data, seed)
+        assert (shuffled.holds.sum(1) == data.holds.sum(1)).all()
+        table = concept_search(planted, found, shuffled, seed=seed)
+        assert not table["found"].any() and (table["p"] > 0.02).all()
+
+
+class Remembering(Rectified):
+    """Its feature 0 knows half of the words by heart; feature 1 knows some of every kind."""
+
+    def __init__(self, model, words):
+        embedding = model.embed.W_E.detach()
+        ids = [model.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
+        super().__init__(torch.zeros(4, embedding.shape[1]), site="resid_pre", layer=0)
+        self.known = embedding[ids]
+
+    def encode(self, x):
+        active = torch.zeros(*x.shape[:-1], 4)
+        apart = (x[..., None, :] - self.known).norm(dim=-1).amin(-1)
+        active[..., 0] = (apart < 1e-3).float() * 5
+        return active
+
+
+def test_a_feature_that_knows_its_words_by_heart_is_not_confirmed(planted, labelled):
+    data = concepts._one_label_each(labelled)
+    discovery, _ = halves(data)
+    words = {str(w) for w in data.groups["entity"][discovery] if SIGN[str(w)] == 1}
+    table = concept_search(planted, Remembering(planted, sorted(words)), data)
+    one = table.sel(concept="1")
+    assert one["feature"] == 0 and one["discovery_f1"] == 1
+    assert one["f1"] == 0 and not one["found"]
+
+
+def test_halves_share_nothing_and_have_something_of_each(planted, labelled):
+    data = concepts._one_label_each(labelled)
+    for seed in range(4):
+        sides = halves(data, seed)
+        for values in data.groups.values():
+            assert not set(values[sides[0]].tolist()) & set(values[sides[1]].tolist())
+        assert not set(data.text[sides[0]].tolist()) & set(data.text[sides[1]].tolist())
+        counts = [[row[side].sum() for side in sides] for row in data.holds]
+        assert min(map(min, counts)) > 0.7 * max(map(max, counts))
+    assert halves(data, 0)[0].tolist() != halves(data, 1)[0].tolist()
+
+
+def test_positive_and_negative_prompts(planted, found):
+    prompts = {s: [f" {FRAMES[i % 8]} {thing}" for i, thing in enumerate(THINGS) if SIGN[thing] == s] for s in (1, -1)}
+    data = prompt_concept(planted, prompts[1], prompts[-1])
+    table = concept_search(planted, found, data)
+    assert table.sel(concept="positive")["feature"] == 3 and table["found"].all()
+    whole = prompt_concept(planted, prompts[1], prompts[-1], at="all")
+    assert len(whole) == 2 * len(data) and whole.holds.sum() == 2 * data.holds.sum()
+    for arguments, words in (
+        ((prompts[1][:3], prompts[-1]), "at least 8"),
+        ((prompts[1], [*prompts[-1], prompts[1][0]]), "comes twice"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            prompt_concept(planted, *arguments)
+    with pytest.raises(ValueError, match="at="):
+        prompt_concept(planted, prompts[1], prompts[-1], at="start")
+
+
+def test_too_few_examples_are_refused_with_the_reason(planted, labelled, found):
+    few = labelled[np.isin(labelled.word, THINGS[:2])]
+    with pytest.raises(ValueError, match="1 entity"):
+        concept_search(planted, found, few)
+
+
+def test_tokens_of_another_model_are_refused(tiny, planted, labelled):
+    sae = Rectified(drawn(8, 32), 0.2)
+    with pytest.raises(ValueError, match="another model"):
+        concept_search(tiny, sae, labelled)
+
+
+def test_the_table_takes_the_better_dictionary(planted, labelled, found):
+    data = concepts._one_label_each(labelled)
+    poor = Rectified(drawn(16, test_probing.D_MODEL, seed=9), 1.0, site="resid_post", layer=1)
+    table = concept_table(planted, {"poor": poor, "good": found}, data)
+    one = table.sel(concept="1")
+    assert one["sae"] == "good" and one["feature"] == 3 and one["found"]
+    assert one["p"] == pytest.approx(2 * concept_search(planted, found, data).sel(concept="1")["p"])
+    with pytest.raises(ValueError, match="No dictionaries"):
+        concept_table(planted, {}, data)
+
+
+# ---------------------------------------------------------------- labels of the corpus
+
+
+def spans(document):
+    return {(document.text[label.start : label.end], label.facet, label.value) for label in labels_of(document)}
+
+
+def test_labels_say_what_the_corpus_knows():
+    slots = {"IO": corpus.Word("Mary", (("gender", "female"),)), "S": "John", "country": "France"}
+    found = spans(corpus.fill("{IO} and {S1} saw {country}. {S2} gave it to {IO}", slots, "ioi"))
+    assert ("John", "role", "S2") in found and ("John", "mention", "again") in found
+    assert ("Mary", "gender", "female") in found and ("Mary", "mention", "again") in found
+    assert ("France", "continent", "Europe") in found
+    assert {(".", "next", "S2"), ("to", "next", "IO"), ("and", "next", "S1"), ("saw", "next", "country")} <= found
+    assert not any(facet == "entity" for _, facet, _ in found)
+    fact = corpus.fill("The capital is {answer}.", {"answer": corpus.Word("Paris", (("relation", "capital"),))}, "fact")
+    assert ("The capital is Paris.", "about", "capital") in spans(fact)
+
+
+def test_every_token_gets_the_labels_that_cover_its_word(model):
+    documents = list(itertools.islice(corpus.documents(5), 60))
+    data = corpus_concepts(model, documents)
+    assert len(data.tokens) == 60 and not (data.pos == 0).any()
+    for concept in ("family: fact", "gender: female", "mention: again", "role: country"):
+        row = data.holds[data.concepts.index(concept)]
+        facet, value = concept.split(": ")
+        for number, document in enumerate(documents):
+            covered = {
+                document.text[label.start : label.end] for label in labels_of(document)
+                if (label.facet, label.value) == (facet, value)
+            }  # fmt: skip
+            chosen = row & (data.text == number)
+            said = model.tokenizer.decode([data.tokens[number][pos] for pos in data.pos[chosen]])
+            if facet == "family":
+                assert said == (document.text if covered else "")
+            else:
+                assert set(said.split()) == covered, document.text
+    assert set(data.groups["word"][data.holds[data.concepts.index("role: country")]]) <= {
+        country.name.lower() for country in lexicon.COUNTRIES
+    }
+
+
+def test_the_sample_tests_most_of_what_the_corpus_knows(model):
+    data = corpus_sample(model, 1200)
+    reasons = concepts._untestable(data, halves(data))
+    testable = {name for name, reason in zip(data.concepts, reasons, strict=True) if not reason}
+    assert len(testable) >= 50
+    assert {"gender: male", "gender: female", "quote: inside", "number: plural", "sentiment: positive"} <= testable
+    assert {f"topic: {topic}" for topic in lexicon.TOPICS} <= testable
+    assert "family: docstring" not in testable  # one template: nothing to hold back
+
+
+def test_concept_tokens_keep_their_shape(model):
+    data = corpus_sample(model, 40)
+    assert isinstance(data, ConceptTokens)
+    assert data.holds.shape == (len(data.concepts), len(data)) and len(data.pos) == len(data)
+    assert (np.lexsort((data.pos, data.text)) == np.arange(len(data))).all()
