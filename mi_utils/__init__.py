@@ -24,6 +24,10 @@ _HOMES = {
         "activations", "agreement_documents", "agreement_pairs", "corpus_tokens", "difference_in_means", "erase",
         "label_tokens", "probe", "random_direction", "steer",
     ),
+    "sae": (
+        "BrokenSAE", "WrongSAE", "estimate_sae_training", "evaluate_sae", "fit_sae", "load_sae", "shipped_saes",
+        "train_sae",
+    ),
     "ov_qk": ("composition_scores", "copying_scores", "matching_scores", "ov_circuit", "score_parts", "weight_scores"),
     "naming": ("HeadReport", "head_report"),
     "gradients": ("attribution_patch",),
