@@ -24,6 +24,10 @@ _HOMES = {
         "activations", "agreement_documents", "agreement_pairs", "corpus_tokens", "difference_in_means", "erase",
         "label_tokens", "probe", "random_direction", "steer",
     ),
+    "sae": (
+        "BrokenSAE", "WrongSAE", "estimate_sae_training", "evaluate_sae", "fit_sae", "load_sae", "shipped_saes",
+        "train_sae",
+    ),
     "features": (
         "ablate_feature", "against_controls", "feature_directions", "feature_search", "logit_effects", "steer_feature",
         "token_batches",
