@@ -416,7 +416,8 @@ def _passport_from_config(inner: Any, release: str = "") -> Passport:
     return Passport(
         model=_short_name(about.model_name), site=site, layer=layer, d_model=config.d_in, n_features=config.d_sae,
         architecture=about.training_architecture or config.architecture(), activation=_activation(config),
-        normalisation=config.normalize_activations, processing="folded" if folded else "raw", dtype="float32",
+        normalisation=config.normalize_activations, dtype="float32",
+        processing=about.processing or ("folded" if folded else "raw"),
         corpus=about.dataset_path or "", context=about.context_size,
         versions={"sae-lens": str(about.sae_lens_training_version or "unknown")},
         training={"release": release} if release else {},
@@ -852,7 +853,7 @@ def train_sae(
         checkpoint_every=checkpoint_every, monitor_every=monitor_every, watch=watch, fast=fast,
         metadata={
             "model_name": _model_name(info), "hook_name": models.hook_name(site, layer), "dataset_path": source.name,
-            "context_size": info.shape.n_ctx, "prepend_bos": True,
+            "context_size": info.shape.n_ctx, "prepend_bos": True, "processing": info.processing,
         },
     )  # fmt: skip
     inner = inner.to(dtype=getattr(torch, info.dtype))
