@@ -12,7 +12,18 @@ from typing import Any
 
 from mi_utils.sae import SHIPPED, evaluate_sae, train_sae
 
-RECIPES: dict[str, dict[str, Any]] = {}
+# Matryoshka, because what is asked of these SAEs is that a concept has a feature of its own: with 1 M tokens in layer 2,
+# 16 of 66 labelled concepts had one with F1 ≥ 0.8 on held-out documents, against 3 for TopK of 256 features and 9 for
+# TopK of 1,024 in layer 1. Wide dictionaries without nested groups spend their features on single words. Layer 2 and
+# after, because a linear readout finds 49 of the 66 there and 27 in layer 0.
+RECIPES: dict[str, dict[str, Any]] = {
+    f"smallworld-resid_post-{layer}": {
+        "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": 512,
+        "widths": [24, 64, 160, 512], "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 1_000_000,
+        "buffer_tokens": 250_000, "passes": 2, "seed": 0, "monitor_every": 100,
+    }
+    for layer in (1, 2, 3)
+}  # fmt: skip
 
 
 def main() -> None:
