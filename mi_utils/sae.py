@@ -416,7 +416,8 @@ def _passport_from_config(inner: Any, release: str = "") -> Passport:
     return Passport(
         model=_short_name(about.model_name), site=site, layer=layer, d_model=config.d_in, n_features=config.d_sae,
         architecture=about.training_architecture or config.architecture(), activation=_activation(config),
-        normalisation=config.normalize_activations, processing="folded" if folded else "raw", dtype="float32",
+        normalisation=config.normalize_activations, dtype="float32",
+        processing=about.processing or ("folded" if folded else "raw"),
         corpus=about.dataset_path or "", context=about.context_size,
         versions={"sae-lens": str(about.sae_lens_training_version or "unknown")},
         training={"release": release} if release else {},
@@ -852,7 +853,7 @@ def train_sae(
         checkpoint_every=checkpoint_every, monitor_every=monitor_every, watch=watch, fast=fast,
         metadata={
             "model_name": _model_name(info), "hook_name": models.hook_name(site, layer), "dataset_path": source.name,
-            "context_size": info.shape.n_ctx, "prepend_bos": True,
+            "context_size": info.shape.n_ctx, "prepend_bos": True, "processing": info.processing,
         },
     )  # fmt: skip
     inner = inner.to(dtype=getattr(torch, info.dtype))
@@ -1141,21 +1142,6 @@ class _Chosen(torch.autograd.Function):
         return for_x, for_weight.T, for_bias, None
 
 
-class _Decoded(torch.autograd.Function):
-    """The sum of the chosen directions, each times its activation."""
-
-    @staticmethod
-    def forward(ctx: Any, activations: Tensor, index: Tensor, directions: Tensor) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(activations, index, directions)
-        return F.embedding_bag(index, directions, per_sample_weights=activations, mode="sum")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:  # noqa: D102
-        activations, index, directions = ctx.saved_tensors
-        for_activations = (gradient @ directions.T).gather(1, index)
-        return for_activations, None, _sum_by_feature(index, activations, gradient, len(directions))[0]
-
-
 def _sum_by_feature(
     index: Int[Tensor, "token k"], weights: Float[Tensor, "token k"], rows: Float[Tensor, "token d_model"], n: int
 ) -> tuple[Float[Tensor, "feature d_model"], Float[Tensor, " feature"]]:
@@ -1186,7 +1172,7 @@ def _fast_trainer_class() -> type:
             centred = sae_in - sae.b_dec
             values, index = _Chosen.apply(centred, weight, bias, sae.cfg.k)
             activations = values.relu()
-            sae_out = _Decoded.apply(activations, index, directions) + sae.b_dec
+            sae_out = F.embedding_bag(index, directions, per_sample_weights=activations, mode="sum") + sae.b_dec
             mse = (sae_out - sae_in).square().sum(-1).mean()
             auxiliary = self._auxiliary(sae, sae_in, sae_out, centred, weight, bias, directions)
             loss = mse + auxiliary

@@ -35,7 +35,7 @@ def rows(tiny):
 @pytest.fixture(scope="module")
 def trained(tiny, rows):
     """An SAE of the tiny model."""
-    return saes.train_sae(tiny, tokens=rows, n_tokens=20_000, **QUICK)
+    return saes.train_sae(tiny, tokens=rows, n_tokens=8_000, monitor_every=1000, **QUICK)
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_evaluation_refuses_what_it_cannot_measure(tiny, trained):
 def test_the_passport_says_where_an_sae_comes_from(trained, tiny, folder):
     about = saes.load_sae(folder, tiny).passport
     assert (about.site, about.layer, about.processing, about.dtype) == (SITE, LAYER, "folded", "float32")
-    assert about.corpus == "400 given rows" and about.n_tokens == 20_000 and about.versions["sae-lens"]
+    assert about.corpus == "400 given rows" and about.n_tokens == 8_000 and about.versions["sae-lens"]
     assert about.variance_explained == pytest.approx(saes.probe_fit(tiny, trained), abs=1e-3)
     assert len(about.weights) == 64 and "given rows" in about.table()
 
