@@ -461,6 +461,10 @@ def test_damaged_files_are_refused(tiny, trained, tmp_path):
     (folder / saes.CONFIG).write_text("{")
     with pytest.raises(BrokenSAE, match="no JSON"):
         saes.load_sae(folder, tiny)
+    folder = fresh("passport")
+    (folder / saes.PASSPORT).write_text('{"model": "tiny"}')
+    with pytest.raises(BrokenSAE, match="no passport"):
+        saes.load_sae(folder, tiny)
     with pytest.raises(ValueError, match="no SAE 'nothing-like-it'"):
         saes.load_sae("nothing-like-it", tiny)
 
