@@ -12,10 +12,12 @@ from typing import Any
 
 from mi_utils.sae import SHIPPED, evaluate_sae, train_sae
 
+# Matryoshka, because a labelled concept should have a feature of its own: after 1 M tokens in layer 2, up to 16 of 66
+# had one with F1 ≥ 0.8 on held-out documents, against 9 for TopK with 1,024 features (layer 1, 1.5 M tokens). Without
+# nested groups, features are spent on single words. Not layer 0: a linear readout reaches 27 of the 66 there, 49 in
+# layer 2.
 
-# Matryoshka, because a labelled concept should have a feature of its own: after 1 M tokens in layer 2, up to 16 of 66 had
-# one with F1 ≥ 0.8 on held-out documents, against 9 for TopK with 1,024 features (layer 1, 1.5 M tokens). Without nested
-# groups, features are spent on single words. Not layer 0: a linear readout reaches 27 of the 66 there, 49 in layer 2.
+
 def _recipe(layer: int, n_features: int, widths: list[int]) -> dict[str, Any]:
     return {
         "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": n_features,
