@@ -27,8 +27,7 @@ def _recipe(layer: int, n_features: int, widths: list[int]) -> dict[str, Any]:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    **{f"smallworld-resid_post-{layer}": _recipe(layer, 512, [24, 64, 160, 512]) for layer in (1, 2, 3)},
-    "smallworld-resid_post-2-wide": _recipe(2, 1024, [32, 96, 288, 1024]),  # rarer words and roles
+    f"smallworld-resid_post-{layer}": _recipe(layer, 512, [24, 64, 160, 512]) for layer in (1, 2, 3)
 }
 
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=SHIPPED)
     arguments = parser.parse_args()
     model = load_model("smallworld")
-    rows = token_rows(model, 40_000, seed=41)
+    rows = token_rows(model, 80_000, seed=41)
     for name in arguments.name:
         start = time.perf_counter()
         sae = train_sae(model, folder=Path("build/saes") / name, **RECIPES[name])
@@ -53,7 +52,8 @@ def main() -> None:
         print(
             f"{name}: L0 {found.attrs['l0']:.1f}, variance explained {float(found.variance_explained):.3f}, "
             f"cross-entropy recovered {float(found.cross_entropy_recovered):.3f}, dead features "
-            f"{float(found.dead_fraction):.1%}, {time.perf_counter() - start:.0f} s"
+            f"{float(found.dead_fraction):.1%} of {len(found.feature)} on {found.attrs['n_tokens']:,} tokens, "
+            f"{time.perf_counter() - start:.0f} s"
         )
 
 
