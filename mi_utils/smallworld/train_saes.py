@@ -16,19 +16,14 @@ from mi_utils.sae import SHIPPED, evaluate_sae, train_sae
 # had one with F1 ≥ 0.8 on held-out documents, against 9 for TopK with 1,024 features (layer 1, 1.5 M tokens). Without
 # nested groups, features are spent on single words. Not layer 0: a linear readout reaches 27 of the 66 there, 49 in
 # layer 2.
-
-
-def _recipe(layer: int, n_features: int, widths: list[int]) -> dict[str, Any]:
-    return {
-        "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": n_features,
-        "widths": widths, "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 2_000_000,
-        "buffer_tokens": 250_000, "passes": 4, "seed": 0, "monitor_every": 100,
-    }  # fmt: skip
-
-
 RECIPES: dict[str, dict[str, Any]] = {
-    f"smallworld-resid_post-{layer}": _recipe(layer, 512, [24, 64, 160, 512]) for layer in (1, 2, 3)
-}
+    f"smallworld-resid_post-{layer}": {
+        "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": 512,
+        "widths": [24, 64, 160, 512], "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 2_000_000,
+        "buffer_tokens": 250_000, "passes": 4, "seed": 0, "monitor_every": 100,
+    }
+    for layer in (1, 2, 3)
+}  # fmt: skip
 
 
 def main() -> None:
