@@ -318,10 +318,10 @@ def _load_folder(folder: Path, model: Any) -> SparseAutoencoder:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise BrokenSAE(f"{folder.name}/{CONFIG} is no JSON: {error}. Copy it again.") from error
-    state = _read_weights(folder / WEIGHTS, config)
+    _read_weights(folder / WEIGHTS, config)
     passport = None
     if (folder / PASSPORT).is_file():
-        passport = Passport(**json.loads((folder / PASSPORT).read_text(encoding="utf-8")))
+        passport = _read_passport(folder / PASSPORT)
         _check_config(passport, config)
         if passport.weights and passport.weights != _file_hash(folder / WEIGHTS):
             raise BrokenSAE(
@@ -332,12 +332,21 @@ def _load_folder(folder: Path, model: Any) -> SparseAutoencoder:
 
     info = models.info(model)
     inner = SAE.load_from_disk(folder, device=info.device, dtype=info.dtype)
-    del state
     return SparseAutoencoder(inner, passport or _passport_from_config(inner))
 
 
-def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file of weights, checked: complete, numbers, of the shapes and dtype that the config says."""
+def _read_passport(path: Path) -> Passport:
+    try:
+        return Passport(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise BrokenSAE(
+            f"{path.parent.name}/{path.name} is no passport ({error}). Copy the folder again; without the file, the "
+            "SAE is judged by what SAELens' own config says."
+        ) from error
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> None:
+    """Check a file of weights: complete, numbers, of the shapes and dtype that the config says."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -349,7 +358,6 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             "bytes). Copy or download it again."
         ) from error
     _check_state(state, config, path.parent.name)
-    return state
 
 
 def _check_state(state: dict[str, Tensor], config: dict[str, Any], name: str) -> None:
@@ -1024,7 +1032,8 @@ def _for_use(sae: Any) -> Any:
     state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     with torch.no_grad():
         sae.process_state_dict_for_saving_inference(state)
-    inner = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    with torch.random.fork_rng():  # it draws weights, which are then replaced
+        inner = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
     inner.load_state_dict(state)
     return inner.to(device=str(sae.device))
 
