@@ -247,40 +247,50 @@ class _Kept:
     def __init__(self, n_features: int, k: int, width: int, dtype: type) -> None:
         self.k = k
         self.fill = np.inf if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max
-        self.key = np.full((n_features, k), self.fill, dtype)
+        self.key = np.full((n_features, k), self.fill, dtype)  # each row in order
         self.token = np.full((n_features, k), -1, np.int64)
         self.value = np.full((n_features, k), np.nan, np.float32)
+        self.slot = np.tile(np.arange(k, dtype=np.int32), (n_features, 1))  # where its windows lie: they never move
         self.context = np.full((n_features, k, width), -1, np.int32)
         self.around = np.zeros((n_features, k, width), np.float32)
+        self.last = self.key[:, -1].copy()
 
     def offer(self, entries: _Entries, keys: np.ndarray) -> None:
         # Most entries of a long stream end here: they come after the last one kept. A tie does, too.
-        good = np.flatnonzero(keys < self.key[entries.feature, -1])
+        good = np.flatnonzero(keys < self.last[entries.feature])
         if not len(good):
             return
-        feature, key = entries.feature[good], keys[good]
-        token, value = entries.token[good], entries.value[good]
-        touched = np.unique(feature)
+        feature, key, token = entries.feature[good], keys[good], entries.token[good]
+        touched, group = np.unique(feature, return_inverse=True)
         n_old = len(touched) * self.k
         all_keys = np.concatenate([self.key[touched].ravel(), key])
         all_tokens = np.concatenate([self.token[touched].ravel(), token])
-        all_features = np.concatenate([np.repeat(touched, self.k), feature])
-        order = np.lexsort((all_tokens, all_keys, all_features))
-        sizes = self.k + np.bincount(np.searchsorted(touched, feature), minlength=len(touched))
+        all_groups = np.concatenate([np.repeat(np.arange(len(touched)), self.k), group])
+        order = np.lexsort((all_tokens, all_keys, all_groups))
+        sizes = self.k + np.bincount(group, minlength=len(touched))
         starts = np.cumsum(sizes) - sizes
         chosen = order[(starts[:, None] + np.arange(self.k)).ravel()]  # the first k of each feature
         shape = len(touched), self.k
         self.key[touched] = all_keys[chosen].reshape(shape)
         self.token[touched] = all_tokens[chosen].reshape(shape)
-        self.value[touched] = np.concatenate([self.value[touched].ravel(), value])[chosen].reshape(shape)
-        stays, new = chosen < n_old, chosen >= n_old
-        fresh = entries.windows(good[chosen[new] - n_old])
-        for name, windows in zip(("context", "around"), fresh, strict=True):
-            kept = getattr(self, name)
-            rows = np.empty((len(chosen), kept.shape[-1]), kept.dtype)
-            rows[stays] = kept[touched].reshape(n_old, -1)[chosen[stays]]
-            rows[new] = windows
-            kept[touched] = rows.reshape(*shape, -1)
+        values = np.concatenate([self.value[touched].ravel(), entries.value[good]])
+        self.value[touched] = values[chosen].reshape(shape)
+        self.last[touched] = self.key[touched, -1]
+
+        # As many entries of a feature come in as go out, and take their slots.
+        stays, new = np.zeros(n_old, bool), chosen >= n_old
+        stays[chosen[~new]] = True
+        slots = self.slot[touched].ravel()
+        taken = np.empty(n_old, np.int32)
+        taken[~new], taken[new] = slots[chosen[~new]], slots[~stays]
+        self.slot[touched] = taken.reshape(shape)
+        where = touched[np.repeat(np.arange(len(touched)), self.k)[new]], taken[new]
+        self.context[where], self.around[where] = entries.windows(good[chosen[new] - n_old])
+
+    def in_order(self, name: str) -> np.ndarray:
+        """An array over (feature, entry, …), the windows in the order of the keys."""
+        values = getattr(self, name)
+        return values[np.arange(len(values))[:, None], self.slot] if name in ("context", "around") else values
 
 
 class _Entries(NamedTuple):
@@ -348,7 +358,7 @@ class _Search:
 
         def variables(name: str, dim: str, kept: _Kept, order: np.ndarray | None = None) -> dict[str, Any]:
             rows = np.arange(kept.k)[None] if order is None else order
-            parts = {"activation": kept.value, "token": kept.token, "context": kept.context, "around": kept.around}
+            parts = {part: kept.in_order(part) for part in ("token", "context", "around")} | {"activation": kept.value}
             every = np.arange(len(kept.key))[:, None]
             return {
                 f"{name}_{part}": (("feature", dim, "offset")[: values.ndim], values[every, rows])
@@ -378,7 +388,7 @@ class _Search:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         kept = {"top": self.top, "sample": self.sample}
-        fields = ("key", "token", "value", "context", "around")
+        fields = ("key", "token", "value", "slot", "context", "around")
         return {"histogram": self.histogram} | {
             f"{name}_{field}": getattr(each, field) for name, each in kept.items() for field in fields
         }
@@ -407,6 +417,8 @@ class _Search:
             )
         for name, own in self._arrays().items():
             own[...] = arrays[name]
+        for kept in (self.top, self.sample):
+            kept.last = kept.key[:, -1].copy()
         numbers = (int(each) for each in arrays["numbers"])
         self.batches, self.seen, self.counted, self.before_last, self.crc = numbers
 
@@ -429,8 +441,14 @@ def _nonzero(flat: Float[Tensor, "token feature"]) -> tuple[np.ndarray, np.ndarr
         where = (flat > 0).nonzero()
         values = flat[where[:, 0], where[:, 1]].float()
         return (*where.cpu().numpy().T, values.cpu().numpy())
-    values = flat.float().numpy().ravel()
-    entries = np.flatnonzero(values > 0)  # of booleans: several times faster than nonzero of numbers
+    values = flat.float().contiguous().numpy().ravel()
+    active = values > 0
+    if len(active) % 8:
+        entries = np.flatnonzero(active)
+    else:  # eight at a time: most of them are all inactive, and looking for the few takes as long as the encoder
+        eights = np.flatnonzero(active.view(np.uint64))
+        eight, one = active.reshape(-1, 8)[eights].nonzero()
+        entries = eights[eight] * 8 + one
     place = entries // flat.shape[1]
     return place, entries - place * flat.shape[1], values[entries]
 
