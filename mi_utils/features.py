@@ -181,6 +181,7 @@ def feature_search(
             if not search.batches and not torch.isfinite(activations).all():
                 raise ValueError("The dictionary gives activations that are no numbers: its weights are damaged.")
             search.add(tokens, activations, _counts(tokens, excluded))
+            del activations  # before the next ones are made
             search.crc = crc = _crc(crc, tokens)
             bar.update(tokens.numel())
             if path is not None and time.monotonic() - last >= save_every:
@@ -260,32 +261,39 @@ class _Kept:
         good = np.flatnonzero(keys < self.last[entries.feature])
         if not len(good):
             return
-        feature, key, token = entries.feature[good], keys[good], entries.token[good]
-        touched, group = np.unique(feature, return_inverse=True)
-        n_old = len(touched) * self.k
-        all_keys = np.concatenate([self.key[touched].ravel(), key])
-        all_tokens = np.concatenate([self.token[touched].ravel(), token])
-        all_groups = np.concatenate([np.repeat(np.arange(len(touched)), self.k), group])
-        order = np.lexsort((all_tokens, all_keys, all_groups))
-        sizes = self.k + np.bincount(group, minlength=len(touched))
-        starts = np.cumsum(sizes) - sizes
-        chosen = order[(starts[:, None] + np.arange(self.k)).ravel()]  # the first k of each feature
-        shape = len(touched), self.k
-        self.key[touched] = all_keys[chosen].reshape(shape)
-        self.token[touched] = all_tokens[chosen].reshape(shape)
-        values = np.concatenate([self.value[touched].ravel(), entries.value[good]])
-        self.value[touched] = values[chosen].reshape(shape)
+        good = good[np.argsort(entries.feature[good], kind="stable")]  # by feature; of one feature as they came
+        touched, group, count = np.unique(entries.feature[good], return_inverse=True, return_counts=True)
+        place = np.arange(len(good)) - np.repeat(np.cumsum(count) - count, count)
+        if count.max() > self.k:  # only while the first are collected: no more than can be kept
+            order = np.lexsort((place, keys[good], group))[place < self.k]
+            good, group, place = good[order], group[order], place[place < self.k]
+        # Kept entries and new ones side by side, a row a feature. What came earlier stands further left, so that a
+        # stable sort keeps it first among equals.
+        wide = self.k + int(place.max()) + 1
+        rows, source = np.full((len(touched), wide), self.fill, self.key.dtype), np.full((len(touched), wide), -1)
+        rows[:, : self.k] = self.key[touched]
+        rows[group, self.k + place], source[group, self.k + place] = keys[good], good
+        chosen = np.argsort(rows, axis=1, kind="stable")[:, : self.k]
+        each = np.arange(len(touched))[:, None]
+        new = chosen >= self.k
+        new_entries = source[each, chosen][new]
+        old = np.where(new, 0, chosen)
+        self.key[touched] = rows[each, chosen]
+        for kept, values in ((self.token, entries.token), (self.value, entries.value)):
+            moved = kept[touched[:, None], old]
+            moved[new] = values[new_entries]
+            kept[touched] = moved
         self.last[touched] = self.key[touched, -1]
 
         # As many entries of a feature come in as go out, and take their slots.
-        stays, new = np.zeros(n_old, bool), chosen >= n_old
-        stays[chosen[~new]] = True
-        slots = self.slot[touched].ravel()
-        taken = np.empty(n_old, np.int32)
-        taken[~new], taken[new] = slots[chosen[~new]], slots[~stays]
-        self.slot[touched] = taken.reshape(shape)
-        where = touched[np.repeat(np.arange(len(touched)), self.k)[new]], taken[new]
-        self.context[where], self.around[where] = entries.windows(good[chosen[new] - n_old])
+        goes = np.ones((len(touched), self.k), bool)
+        goes[np.nonzero(~new)[0], chosen[~new]] = False
+        slots = self.slot[touched]
+        moved = slots[each, old]
+        moved[new] = slots[goes]
+        self.slot[touched] = moved
+        where = touched[np.nonzero(new)[0]], moved[new]
+        self.context[where], self.around[where] = entries.windows(new_entries)
 
     def in_order(self, name: str) -> np.ndarray:
         """An array over (feature, entry, …), the windows in the order of the keys."""
@@ -302,6 +310,7 @@ class _Entries(NamedTuple):
     value: Float[np.ndarray, " entry"]
     tokens: Int[Tensor, "row pos"]
     activations: Float[Tensor, "row pos feature"]
+    counts: Bool[np.ndarray, " token"]
     offsets: Int[np.ndarray, " offset"]
 
     def windows(self, chosen: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
@@ -314,7 +323,8 @@ class _Entries(NamedTuple):
         feature = torch.from_numpy(self.feature[chosen][:, None])
         context = self.tokens[where].numpy()
         around = self.activations[(*where, feature)].float().cpu().numpy()
-        return np.where(inside, context, -1), np.where(inside, around, 0)
+        counted = inside & self.counts[row[:, None] * length + np.clip(there, 0, length - 1)]
+        return np.where(inside, context, -1), np.where(counted, around, 0)
 
 
 class _Search:
@@ -335,13 +345,11 @@ class _Search:
         activations: Float[Tensor, "row pos feature"],
         counts: Bool[np.ndarray, " token"],
     ) -> None:
-        flat = activations.detach().flatten(0, 1)
+        place, feature, value = _nonzero(activations.flatten(0, 1))
         if not counts.all():
-            flat[torch.from_numpy(~counts).to(flat.device)] = 0
-        place, feature, value = _nonzero(flat)
-        entries = _Entries(
-            feature, place, self.seen + place, value, tokens.cpu(), flat.view(activations.shape), self.offsets
-        )
+            counted = counts[place]
+            place, feature, value = place[counted], feature[counted], value[counted]
+        entries = _Entries(feature, place, self.seen + place, value, tokens.cpu(), activations, counts, self.offsets)
         np.add.at(self.histogram.ravel(), feature * N_BINS + _bins(value), 1)
         self.top.offer(entries, -value)
         self.sample.offer(entries, lots(self.seen + np.arange(len(counts)), self.seed)[place])
@@ -442,13 +450,7 @@ def _nonzero(flat: Float[Tensor, "token feature"]) -> tuple[np.ndarray, np.ndarr
         values = flat[where[:, 0], where[:, 1]].float()
         return (*where.cpu().numpy().T, values.cpu().numpy())
     values = flat.float().contiguous().numpy().ravel()
-    active = values > 0
-    if len(active) % 8:
-        entries = np.flatnonzero(active)
-    else:  # eight at a time: most of them are all inactive, and looking for the few takes as long as the encoder
-        eights = np.flatnonzero(active.view(np.uint64))
-        eight, one = active.reshape(-1, 8)[eights].nonzero()
-        entries = eights[eight] * 8 + one
+    entries = np.flatnonzero(values > 0)  # of booleans: several times faster than nonzero of numbers
     place = entries // flat.shape[1]
     return place, entries - place * flat.shape[1], values[entries]
 
