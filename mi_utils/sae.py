@@ -318,10 +318,10 @@ def _load_folder(folder: Path, model: Any) -> SparseAutoencoder:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise BrokenSAE(f"{folder.name}/{CONFIG} is no JSON: {error}. Copy it again.") from error
-    state = _read_weights(folder / WEIGHTS, config)
+    _read_weights(folder / WEIGHTS, config)
     passport = None
     if (folder / PASSPORT).is_file():
-        passport = Passport(**json.loads((folder / PASSPORT).read_text(encoding="utf-8")))
+        passport = _read_passport(folder / PASSPORT)
         _check_config(passport, config)
         if passport.weights and passport.weights != _file_hash(folder / WEIGHTS):
             raise BrokenSAE(
@@ -332,12 +332,21 @@ def _load_folder(folder: Path, model: Any) -> SparseAutoencoder:
 
     info = models.info(model)
     inner = SAE.load_from_disk(folder, device=info.device, dtype=info.dtype)
-    del state
     return SparseAutoencoder(inner, passport or _passport_from_config(inner))
 
 
-def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file of weights, checked: complete, numbers, of the shapes and dtype that the config says."""
+def _read_passport(path: Path) -> Passport:
+    try:
+        return Passport(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise BrokenSAE(
+            f"{path.parent.name}/{path.name} is no passport ({error}). Copy the folder again; without the file, the "
+            "SAE is judged by what SAELens' own config says."
+        ) from error
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> None:
+    """Check a file of weights: complete, numbers, of the shapes and dtype that the config says."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -349,7 +358,6 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
             "bytes). Copy or download it again."
         ) from error
     _check_state(state, config, path.parent.name)
-    return state
 
 
 def _check_state(state: dict[str, Tensor], config: dict[str, Any], name: str) -> None:
@@ -416,7 +424,8 @@ def _passport_from_config(inner: Any, release: str = "") -> Passport:
     return Passport(
         model=_short_name(about.model_name), site=site, layer=layer, d_model=config.d_in, n_features=config.d_sae,
         architecture=about.training_architecture or config.architecture(), activation=_activation(config),
-        normalisation=config.normalize_activations, processing="folded" if folded else "raw", dtype="float32",
+        normalisation=config.normalize_activations, dtype="float32",
+        processing=about.processing or ("folded" if folded else "raw"),
         corpus=about.dataset_path or "", context=about.context_size,
         versions={"sae-lens": str(about.sae_lens_training_version or "unknown")},
         training={"release": release} if release else {},
@@ -852,7 +861,7 @@ def train_sae(
         checkpoint_every=checkpoint_every, monitor_every=monitor_every, watch=watch, fast=fast,
         metadata={
             "model_name": _model_name(info), "hook_name": models.hook_name(site, layer), "dataset_path": source.name,
-            "context_size": info.shape.n_ctx, "prepend_bos": True,
+            "context_size": info.shape.n_ctx, "prepend_bos": True, "processing": info.processing,
         },
     )  # fmt: skip
     inner = inner.to(dtype=getattr(torch, info.dtype))
@@ -1023,7 +1032,8 @@ def _for_use(sae: Any) -> Any:
     state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     with torch.no_grad():
         sae.process_state_dict_for_saving_inference(state)
-    inner = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    with torch.random.fork_rng():  # it draws weights, which are then replaced
+        inner = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
     inner.load_state_dict(state)
     return inner.to(device=str(sae.device))
 
@@ -1141,21 +1151,6 @@ class _Chosen(torch.autograd.Function):
         return for_x, for_weight.T, for_bias, None
 
 
-class _Decoded(torch.autograd.Function):
-    """The sum of the chosen directions, each times its activation."""
-
-    @staticmethod
-    def forward(ctx: Any, activations: Tensor, index: Tensor, directions: Tensor) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(activations, index, directions)
-        return F.embedding_bag(index, directions, per_sample_weights=activations, mode="sum")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:  # noqa: D102
-        activations, index, directions = ctx.saved_tensors
-        for_activations = (gradient @ directions.T).gather(1, index)
-        return for_activations, None, _sum_by_feature(index, activations, gradient, len(directions))[0]
-
-
 def _sum_by_feature(
     index: Int[Tensor, "token k"], weights: Float[Tensor, "token k"], rows: Float[Tensor, "token d_model"], n: int
 ) -> tuple[Float[Tensor, "feature d_model"], Float[Tensor, " feature"]]:
@@ -1186,7 +1181,7 @@ def _fast_trainer_class() -> type:
             centred = sae_in - sae.b_dec
             values, index = _Chosen.apply(centred, weight, bias, sae.cfg.k)
             activations = values.relu()
-            sae_out = _Decoded.apply(activations, index, directions) + sae.b_dec
+            sae_out = F.embedding_bag(index, directions, per_sample_weights=activations, mode="sum") + sae.b_dec
             mse = (sae_out - sae_in).square().sum(-1).mean()
             auxiliary = self._auxiliary(sae, sae_in, sae_out, centred, weight, bias, directions)
             loss = mse + auxiliary

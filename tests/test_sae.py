@@ -35,7 +35,7 @@ def rows(tiny):
 @pytest.fixture(scope="module")
 def trained(tiny, rows):
     """An SAE of the tiny model."""
-    return saes.train_sae(tiny, tokens=rows, n_tokens=20_000, **QUICK)
+    return saes.train_sae(tiny, tokens=rows, n_tokens=8_000, monitor_every=1000, **QUICK)
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ def test_evaluation_refuses_what_it_cannot_measure(tiny, trained):
 def test_the_passport_says_where_an_sae_comes_from(trained, tiny, folder):
     about = saes.load_sae(folder, tiny).passport
     assert (about.site, about.layer, about.processing, about.dtype) == (SITE, LAYER, "folded", "float32")
-    assert about.corpus == "400 given rows" and about.n_tokens == 20_000 and about.versions["sae-lens"]
+    assert about.corpus == "400 given rows" and about.n_tokens == 8_000 and about.versions["sae-lens"]
     assert about.variance_explained == pytest.approx(saes.probe_fit(tiny, trained), abs=1e-3)
     assert len(about.weights) == 64 and "given rows" in about.table()
 
@@ -460,6 +460,10 @@ def test_damaged_files_are_refused(tiny, trained, tmp_path):
     folder = fresh("text")
     (folder / saes.CONFIG).write_text("{")
     with pytest.raises(BrokenSAE, match="no JSON"):
+        saes.load_sae(folder, tiny)
+    folder = fresh("passport")
+    (folder / saes.PASSPORT).write_text('{"model": "tiny"}')
+    with pytest.raises(BrokenSAE, match="no passport"):
         saes.load_sae(folder, tiny)
     with pytest.raises(ValueError, match="no SAE 'nothing-like-it'"):
         saes.load_sae("nothing-like-it", tiny)
