@@ -142,7 +142,7 @@ def feature_search(
         * ``active``, on how many tokens, and ``density``, the same as a share;
         * ``top_activation``, ``top_token`` (feature, rank), the strongest first; ``top_token`` is the token's place
           in the stream, -1 where there are fewer examples (activation NaN);
-        * ``top_context`` (feature, rank, offset), token ids around it, -1 beyond the row's ends, and
+        * ``top_context`` (feature, rank, offset), token ids around it, -1 beyond the row's ends and on padding, and
           ``top_around``, the feature's activation on each of them;
         * ``sample_activation`` and so on (feature, draw, …), the drawn examples, the strongest first.
 
@@ -318,7 +318,9 @@ class _Entries(NamedTuple):
         length = self.tokens.shape[1]
         row, pos = np.divmod(self.place[chosen], length)
         there = pos[:, None] + self.offsets
-        inside = (there >= 0) & (there < length)
+        # Behind a row's last token that counts there is padding.
+        ends = length - self.counts.reshape(-1, length)[:, ::-1].argmax(1)
+        inside = (there >= 0) & (there < ends[row][:, None])
         where = torch.from_numpy(row[:, None]), torch.from_numpy(np.clip(there, 0, length - 1))
         feature = torch.from_numpy(self.feature[chosen][:, None])
         context = self.tokens[where].numpy()
