@@ -177,7 +177,8 @@ def _html(content: _Content) -> str:
 
     tables = "".join(
         f'<p style="margin: 10px 0 2px"><b>{name}</b></p>'
-        '<table style="font-size: 13px; color: inherit; background: none; border-collapse: collapse"><tr><th>activation</th><th>stronger than</th>'
+        '<table style="font-size: 13px; color: inherit; background: none; border-collapse: collapse">'
+        "<tr><th>activation</th><th>stronger than</th>"
         f'<th style="text-align: left">text</th></tr>{"".join(map(row, shown))}</table>'
         for name, shown in content.groups
         if shown
