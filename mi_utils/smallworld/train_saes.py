@@ -12,17 +12,24 @@ from typing import Any
 
 from mi_utils.sae import SHIPPED, evaluate_sae, train_sae
 
-# Matryoshka, because a labelled concept should have a feature of its own: after 1 M tokens in layer 2, 16 of 66 had one
-# with F1 ≥ 0.8 on held-out documents, against 9 for TopK with 1,024 features (layer 1, 1.5 M tokens). Without nested
-# groups, features are spent on single words. Not layer 0: a linear readout reaches 27 of the 66 there, 49 in layer 2.
+# Matryoshka, because a labelled concept should have a feature of its own: after 1 M tokens in layer 2, up to 16 of 66
+# had one with F1 ≥ 0.8 on held-out documents, against 9 for TopK with 1,024 features (layer 1, 1.5 M tokens). Without
+# nested groups, features are spent on single words. Not layer 0: a linear readout reaches 27 of the 66 there, 49 in
+# layer 2.
+
+
+def _recipe(layer: int, n_features: int, widths: list[int]) -> dict[str, Any]:
+    return {
+        "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": n_features,
+        "widths": widths, "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 2_000_000,
+        "buffer_tokens": 250_000, "passes": 4, "seed": 0, "monitor_every": 100,
+    }  # fmt: skip
+
+
 RECIPES: dict[str, dict[str, Any]] = {
-    f"smallworld-resid_post-{layer}": {
-        "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": 512,
-        "widths": [24, 64, 160, 512], "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 1_000_000,
-        "buffer_tokens": 250_000, "passes": 2, "seed": 0, "monitor_every": 100,
-    }
-    for layer in (1, 2, 3)
-}  # fmt: skip
+    **{f"smallworld-resid_post-{layer}": _recipe(layer, 512, [24, 64, 160, 512]) for layer in (1, 2, 3)},
+    "smallworld-resid_post-2-wide": _recipe(2, 1024, [32, 96, 288, 1024]),  # rarer words and roles
+}
 
 
 def main() -> None:
