@@ -346,3 +346,14 @@ def test_a_topic_feature_is_found_steers_and_is_used(model, shipped):
     assert (steered["as_predicted"] >= 0.9).all() and (steered["ratio"] >= 5).all(), (best, steered)
     assert steered["change"][1] > 1.5 * steered["change"][0] > 0  # more dose, more response
     assert ablated["as_predicted"] >= 0.9 and ablated["change"] < -0.5
+
+
+def test_the_table_is_printed_with_its_controls(model, shipped, monkeypatch, capsys):
+    monkeypatch.setattr(concepts, "BAR", 1)
+    name = f"smallworld-resid_post-{shipped.layer}"
+    assert concepts.main("smallworld", [name], n_documents=800, control_tokens=8192)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "with shuffled labels 0, with random weights 0" in output and "topic so far: music" in output
+    assert name in output
+    with pytest.raises(ValueError, match="No dictionary ships"):
+        concepts.main("smallworld-step000200")
