@@ -66,14 +66,15 @@ def _resident() -> int:
 def search(n_tokens: int = N_TOKENS) -> Row:
     """One pass, in which the peer's work stands between the batches that the search asks for."""
     model = load_model("smallworld", device="cpu")
-    first = torch.cat([batch[:, :16] for batch in islice(_stream(model, 10**9), 30) if batch.shape[1] >= 16])
+    batches = list(_stream(model, n_tokens))  # made beforehand: the corpus's own caches grow
+    first = torch.cat([batch[:, :16] for batch in batches[:30] if batch.shape[1] >= 16])
     sae = Encoder(model, first)
     seconds, resident = {"ours": 0.0, "theirs": 0.0}, [0, 0, 0, 0, 0]
     largest, active, counted = torch.zeros(N_FEATURES), 0.0, 0
 
     def turns() -> Iterator[torch.Tensor]:
         nonlocal largest, active, counted
-        for batch in _stream(model, n_tokens):
+        for batch in batches:
             start = time.perf_counter()
             found = feature_activations(model, sae, batch)
             between = time.perf_counter()
