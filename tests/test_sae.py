@@ -577,7 +577,7 @@ def unseen(model):
     """Documents that no SAE was trained on."""
     from mi_utils.lens import token_rows
 
-    return token_rows(model, 40_000, seed=41)
+    return token_rows(model, 80_000, seed=41)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -587,7 +587,7 @@ def test_a_shipped_sae_is_faithful_sparse_and_alive(name, model, unseen):
     assert float(found.cross_entropy_recovered) >= 0.95 and float(found.cross_entropy_recovered_mean) >= 0.95
     assert found.attrs["l0"] <= 20 and abs(float(found.shrinkage)) < 0.1
     active = sae.encode(saes.row_activations(model, unseen, sae.site, sae.layer)) > 0
-    assert float((~active.any(0)).float().mean()) <= 0.05  # on the 40,000 tokens
+    assert float((~active.any(0)).float().mean()) <= 0.05  # on 80,000 tokens
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -16,20 +16,14 @@ from mi_utils.sae import SHIPPED, evaluate_sae, train_sae
 # had one with F1 ≥ 0.8 on held-out documents, against 9 for TopK with 1,024 features (layer 1, 1.5 M tokens). Without
 # nested groups, features are spent on single words. Not layer 0: a linear readout reaches 27 of the 66 there, 49 in
 # layer 2.
-
-
-def _recipe(layer: int, n_features: int, widths: list[int]) -> dict[str, Any]:
-    return {
-        "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": n_features,
-        "widths": widths, "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 2_000_000,
-        "buffer_tokens": 250_000, "passes": 4, "seed": 0, "monitor_every": 100,
-    }  # fmt: skip
-
-
 RECIPES: dict[str, dict[str, Any]] = {
-    **{f"smallworld-resid_post-{layer}": _recipe(layer, 512, [24, 64, 160, 512]) for layer in (1, 2, 3)},
-    "smallworld-resid_post-2-wide": _recipe(2, 1024, [32, 96, 288, 1024]),  # rarer words and roles
-}
+    f"smallworld-resid_post-{layer}": {
+        "site": "resid_post", "layer": layer, "architecture": "matryoshka", "n_features": 512,
+        "widths": [24, 64, 160, 512], "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 2_000_000,
+        "buffer_tokens": 250_000, "passes": 4, "seed": 0, "monitor_every": 100,
+    }
+    for layer in (1, 2, 3)
+}  # fmt: skip
 
 
 def main() -> None:
@@ -44,7 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=SHIPPED)
     arguments = parser.parse_args()
     model = load_model("smallworld")
-    rows = token_rows(model, 40_000, seed=41)
+    rows = token_rows(model, 80_000, seed=41)
     for name in arguments.name:
         start = time.perf_counter()
         sae = train_sae(model, folder=Path("build/saes") / name, **RECIPES[name])
@@ -53,7 +47,8 @@ def main() -> None:
         print(
             f"{name}: L0 {found.attrs['l0']:.1f}, variance explained {float(found.variance_explained):.3f}, "
             f"cross-entropy recovered {float(found.cross_entropy_recovered):.3f}, dead features "
-            f"{float(found.dead_fraction):.1%}, {time.perf_counter() - start:.0f} s"
+            f"{float(found.dead_fraction):.1%} of {len(found.feature)} on {found.attrs['n_tokens']:,} tokens, "
+            f"{time.perf_counter() - start:.0f} s"
         )
 
 
