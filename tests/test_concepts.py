@@ -291,7 +291,7 @@ def test_concept_tokens_keep_their_shape(model):
 
 @pytest.fixture(scope="module")
 def shipped(model):
-    """The embedded model's dictionary of the latest layer that is not the last."""
+    """The embedded model's dictionary of the latest layer."""
     from mi_utils.sae import load_sae, shipped_saes
 
     names = [name for name in shipped_saes() if name.startswith("smallworld-resid_post-")]
@@ -306,7 +306,7 @@ def topic_documents(n, seed):
     return [corpus.FAMILIES["topic"][1](rng) for _ in range(n)]
 
 
-def topic_pairs(model, topic, seed, n=40):
+def topic_pairs(model, topic, seed, n=30):
     """Prompts of other topics; in the corrupted ones the topic. Correct is a noun of the topic, incorrect one of the
     prompt's own, which it does not name."""
     rng, columns = Random(seed), {name: [] for name in ("clean", "corrupted", "correct", "incorrect")}
