@@ -44,6 +44,7 @@ _HOMES = {
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),
     "study": ("Prediction", "Study"),
+    "dashboard": ("feature_dashboard",),
     "runlog": ("log_run", "read_runs"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

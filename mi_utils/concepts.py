@@ -685,7 +685,7 @@ def main(
             row.Index, row.sae, str(row.feature), *(f"{number:.3f}" for number in numbers),
             "[green]found[/]" if row.found else "",
         )  # fmt: skip
-    console = Console(width=120)
+    console = Console(width=132)
     console.print(shown)
     counts = [int(each["found"].sum()) for each in (table, shuffled, control)]
     console.print(

@@ -142,7 +142,7 @@ def feature_search(
         * ``active``, on how many tokens, and ``density``, the same as a share;
         * ``top_activation``, ``top_token`` (feature, rank), the strongest first; ``top_token`` is the token's place
           in the stream, -1 where there are fewer examples (activation NaN);
-        * ``top_context`` (feature, rank, offset), token ids around it, -1 beyond the row's ends, and
+        * ``top_context`` (feature, rank, offset), token ids around it, -1 beyond the row's ends and on padding, and
           ``top_around``, the feature's activation on each of them;
         * ``sample_activation`` and so on (feature, draw, …), the drawn examples, the strongest first.
 
@@ -181,6 +181,7 @@ def feature_search(
             if not search.batches and not torch.isfinite(activations).all():
                 raise ValueError("The dictionary gives activations that are no numbers: its weights are damaged.")
             search.add(tokens, activations, _counts(tokens, excluded))
+            del activations  # before the next ones are made
             search.crc = crc = _crc(crc, tokens)
             bar.update(tokens.numel())
             if path is not None and time.monotonic() - last >= save_every:
@@ -247,40 +248,57 @@ class _Kept:
     def __init__(self, n_features: int, k: int, width: int, dtype: type) -> None:
         self.k = k
         self.fill = np.inf if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max
-        self.key = np.full((n_features, k), self.fill, dtype)
+        self.key = np.full((n_features, k), self.fill, dtype)  # each row in order
         self.token = np.full((n_features, k), -1, np.int64)
         self.value = np.full((n_features, k), np.nan, np.float32)
+        self.slot = np.tile(np.arange(k, dtype=np.int32), (n_features, 1))  # where its windows lie: they never move
         self.context = np.full((n_features, k, width), -1, np.int32)
         self.around = np.zeros((n_features, k, width), np.float32)
+        self.last = self.key[:, -1].copy()
 
     def offer(self, entries: _Entries, keys: np.ndarray) -> None:
         # Most entries of a long stream end here: they come after the last one kept. A tie does, too.
-        good = np.flatnonzero(keys < self.key[entries.feature, -1])
+        good = np.flatnonzero(keys < self.last[entries.feature])
         if not len(good):
             return
-        feature, key = entries.feature[good], keys[good]
-        token, value = entries.token[good], entries.value[good]
-        touched = np.unique(feature)
-        n_old = len(touched) * self.k
-        all_keys = np.concatenate([self.key[touched].ravel(), key])
-        all_tokens = np.concatenate([self.token[touched].ravel(), token])
-        all_features = np.concatenate([np.repeat(touched, self.k), feature])
-        order = np.lexsort((all_tokens, all_keys, all_features))
-        sizes = self.k + np.bincount(np.searchsorted(touched, feature), minlength=len(touched))
-        starts = np.cumsum(sizes) - sizes
-        chosen = order[(starts[:, None] + np.arange(self.k)).ravel()]  # the first k of each feature
-        shape = len(touched), self.k
-        self.key[touched] = all_keys[chosen].reshape(shape)
-        self.token[touched] = all_tokens[chosen].reshape(shape)
-        self.value[touched] = np.concatenate([self.value[touched].ravel(), value])[chosen].reshape(shape)
-        stays, new = chosen < n_old, chosen >= n_old
-        fresh = entries.windows(good[chosen[new] - n_old])
-        for name, windows in zip(("context", "around"), fresh, strict=True):
-            kept = getattr(self, name)
-            rows = np.empty((len(chosen), kept.shape[-1]), kept.dtype)
-            rows[stays] = kept[touched].reshape(n_old, -1)[chosen[stays]]
-            rows[new] = windows
-            kept[touched] = rows.reshape(*shape, -1)
+        good = good[np.argsort(entries.feature[good], kind="stable")]  # by feature; of one feature as they came
+        touched, group, count = np.unique(entries.feature[good], return_inverse=True, return_counts=True)
+        place = np.arange(len(good)) - np.repeat(np.cumsum(count) - count, count)
+        if count.max() > self.k:  # only while the first are collected: no more than can be kept
+            order = np.lexsort((place, keys[good], group))[place < self.k]
+            good, group, place = good[order], group[order], place[place < self.k]
+        # Kept entries and new ones side by side, a row a feature. What came earlier stands further left, so that a
+        # stable sort keeps it first among equals.
+        wide = self.k + int(place.max()) + 1
+        rows, source = np.full((len(touched), wide), self.fill, self.key.dtype), np.full((len(touched), wide), -1)
+        rows[:, : self.k] = self.key[touched]
+        rows[group, self.k + place], source[group, self.k + place] = keys[good], good
+        chosen = np.argsort(rows, axis=1, kind="stable")[:, : self.k]
+        each = np.arange(len(touched))[:, None]
+        new = chosen >= self.k
+        new_entries = source[each, chosen][new]
+        old = np.where(new, 0, chosen)
+        self.key[touched] = rows[each, chosen]
+        for kept, values in ((self.token, entries.token), (self.value, entries.value)):
+            moved = kept[touched[:, None], old]
+            moved[new] = values[new_entries]
+            kept[touched] = moved
+        self.last[touched] = self.key[touched, -1]
+
+        # As many entries of a feature come in as go out, and take their slots.
+        goes = np.ones((len(touched), self.k), bool)
+        goes[np.nonzero(~new)[0], chosen[~new]] = False
+        slots = self.slot[touched]
+        moved = slots[each, old]
+        moved[new] = slots[goes]
+        self.slot[touched] = moved
+        where = touched[np.nonzero(new)[0]], moved[new]
+        self.context[where], self.around[where] = entries.windows(new_entries)
+
+    def in_order(self, name: str) -> np.ndarray:
+        """An array over (feature, entry, …), the windows in the order of the keys."""
+        values = getattr(self, name)
+        return values[np.arange(len(values))[:, None], self.slot] if name in ("context", "around") else values
 
 
 class _Entries(NamedTuple):
@@ -292,6 +310,7 @@ class _Entries(NamedTuple):
     value: Float[np.ndarray, " entry"]
     tokens: Int[Tensor, "row pos"]
     activations: Float[Tensor, "row pos feature"]
+    counts: Bool[np.ndarray, " token"]
     offsets: Int[np.ndarray, " offset"]
 
     def windows(self, chosen: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
@@ -299,12 +318,15 @@ class _Entries(NamedTuple):
         length = self.tokens.shape[1]
         row, pos = np.divmod(self.place[chosen], length)
         there = pos[:, None] + self.offsets
-        inside = (there >= 0) & (there < length)
+        # Behind a row's last token that counts there is padding.
+        ends = length - self.counts.reshape(-1, length)[:, ::-1].argmax(1)
+        inside = (there >= 0) & (there < ends[row][:, None])
         where = torch.from_numpy(row[:, None]), torch.from_numpy(np.clip(there, 0, length - 1))
         feature = torch.from_numpy(self.feature[chosen][:, None])
         context = self.tokens[where].numpy()
         around = self.activations[(*where, feature)].float().cpu().numpy()
-        return np.where(inside, context, -1), np.where(inside, around, 0)
+        counted = inside & self.counts[row[:, None] * length + np.clip(there, 0, length - 1)]
+        return np.where(inside, context, -1), np.where(counted, around, 0)
 
 
 class _Search:
@@ -325,13 +347,11 @@ class _Search:
         activations: Float[Tensor, "row pos feature"],
         counts: Bool[np.ndarray, " token"],
     ) -> None:
-        flat = activations.detach().flatten(0, 1)
+        place, feature, value = _nonzero(activations.flatten(0, 1))
         if not counts.all():
-            flat[torch.from_numpy(~counts).to(flat.device)] = 0
-        place, feature, value = _nonzero(flat)
-        entries = _Entries(
-            feature, place, self.seen + place, value, tokens.cpu(), flat.view(activations.shape), self.offsets
-        )
+            counted = counts[place]
+            place, feature, value = place[counted], feature[counted], value[counted]
+        entries = _Entries(feature, place, self.seen + place, value, tokens.cpu(), activations, counts, self.offsets)
         np.add.at(self.histogram.ravel(), feature * N_BINS + _bins(value), 1)
         self.top.offer(entries, -value)
         self.sample.offer(entries, lots(self.seen + np.arange(len(counts)), self.seed)[place])
@@ -348,7 +368,7 @@ class _Search:
 
         def variables(name: str, dim: str, kept: _Kept, order: np.ndarray | None = None) -> dict[str, Any]:
             rows = np.arange(kept.k)[None] if order is None else order
-            parts = {"activation": kept.value, "token": kept.token, "context": kept.context, "around": kept.around}
+            parts = {part: kept.in_order(part) for part in ("token", "context", "around")} | {"activation": kept.value}
             every = np.arange(len(kept.key))[:, None]
             return {
                 f"{name}_{part}": (("feature", dim, "offset")[: values.ndim], values[every, rows])
@@ -378,7 +398,7 @@ class _Search:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         kept = {"top": self.top, "sample": self.sample}
-        fields = ("key", "token", "value", "context", "around")
+        fields = ("key", "token", "value", "slot", "context", "around")
         return {"histogram": self.histogram} | {
             f"{name}_{field}": getattr(each, field) for name, each in kept.items() for field in fields
         }
@@ -407,6 +427,8 @@ class _Search:
             )
         for name, own in self._arrays().items():
             own[...] = arrays[name]
+        for kept in (self.top, self.sample):
+            kept.last = kept.key[:, -1].copy()
         numbers = (int(each) for each in arrays["numbers"])
         self.batches, self.seen, self.counted, self.before_last, self.crc = numbers
 
@@ -429,7 +451,7 @@ def _nonzero(flat: Float[Tensor, "token feature"]) -> tuple[np.ndarray, np.ndarr
         where = (flat > 0).nonzero()
         values = flat[where[:, 0], where[:, 1]].float()
         return (*where.cpu().numpy().T, values.cpu().numpy())
-    values = flat.float().numpy().ravel()
+    values = flat.float().contiguous().numpy().ravel()
     entries = np.flatnonzero(values > 0)  # of booleans: several times faster than nonzero of numbers
     place = entries // flat.shape[1]
     return place, entries - place * flat.shape[1], values[entries]

@@ -1,6 +1,7 @@
 """Search by concept on dictionaries of which it is known what their features stand for."""
 
 import itertools
+from random import Random
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from mi_utils.concepts import (
     prompt_concept,
     shuffle_labels,
 )
+from mi_utils.features import ablate_feature, against_controls, steer_feature
 from mi_utils.models import load_model
+from mi_utils.prompts import PromptPairs
 from mi_utils.smallworld import corpus, lexicon
 
 SIGN, THINGS, FRAMES = test_probing.SIGN, test_probing.THINGS, test_probing.FRAMES
@@ -281,3 +284,76 @@ def test_concept_tokens_keep_their_shape(model):
     assert isinstance(data, ConceptTokens)
     assert data.holds.shape == (len(data.concepts), len(data)) and len(data.pos) == len(data)
     assert (np.lexsort((data.pos, data.text)) == np.arange(len(data))).all()
+
+
+# ---------------------------------------------------------------- what ships
+
+
+@pytest.fixture(scope="module")
+def shipped(model):
+    """The embedded model's dictionary of the latest layer."""
+    from mi_utils.sae import load_sae, shipped_saes
+
+    names = [name for name in shipped_saes() if name.startswith("smallworld-resid_post-")]
+    if not names:
+        pytest.skip("no SAE ships yet: make saes")
+    layers = {name: int(name.rpartition("-")[2]) for name in names}
+    return load_sae(max(layers, key=layers.get), model)
+
+
+def topic_documents(n, seed):
+    rng = Random(seed)
+    return [corpus.FAMILIES["topic"][1](rng) for _ in range(n)]
+
+
+def topic_pairs(model, topic, seed, n=30):
+    """Prompts of other topics; in the corrupted ones the topic. Correct is a noun of the topic, incorrect one of the
+    prompt's own, which it does not name."""
+    rng, columns = Random(seed), {name: [] for name in ("clean", "corrupted", "correct", "incorrect")}
+    nouns, verbs = lexicon.TOPICS[topic]
+    for _ in range(n):
+        other_nouns, other_verbs = lexicon.TOPICS[rng.choice([name for name in lexicon.TOPICS if name != topic])]
+        ours, theirs = rng.sample(nouns, 2), rng.sample(other_nouns, 2)
+        columns["clean"].append(f"The {theirs[0]} {rng.choice(other_verbs)} the")
+        columns["corrupted"].append(f"The {ours[0]} {rng.choice(verbs)} the")
+        columns["correct"].append(" " + ours[1])
+        columns["incorrect"].append(" " + theirs[1])
+    return PromptPairs(model, **columns, check=False)
+
+
+def test_a_topic_feature_is_found_steers_and_is_used(model, shipped):
+    """Found by its labels; of the topics the one is taken whose feature steers best on discovery prompts; then
+    confirmed on prompts that were drawn anew."""
+    data = corpus_concepts(model, topic_documents(700, 1))
+    table = concept_search(model, shipped, data, shuffles=99)
+    named = [str(name) for name in table["concept"].values if str(name).startswith("topic so far: ")]
+    found = {name.removeprefix("topic so far: "): table.sel(concept=name) for name in named}
+    found = {topic: int(one["feature"]) for topic, one in found.items() if one["found"]}
+    assert found
+    assert not concept_search(model, shipped, shuffle_labels(data), shuffles=99)["found"].any()
+
+    def judged(topic, seed):
+        pairs = topic_pairs(model, topic, seed)
+        swapped = {"clean": pairs.corrupted, "corrupted": pairs.clean}
+        own = PromptPairs(model, **swapped, correct=pairs.correct, incorrect=pairs.incorrect, check=False)
+        ablated = ablate_feature(model, shipped, own, found[topic], random=16, pos=-1)
+        usual = float(ablated["activation"].mean())
+        steered = steer_feature(model, shipped, pairs, found[topic], [usual / 2, usual], random=16)
+        return against_controls(steered), against_controls(ablated, sign=-1)
+
+    best = max(found, key=lambda topic: float(judged(topic, 2)[0]["ratio"].mean()))
+    steered, ablated = judged(best, 3)
+    assert (steered["as_predicted"] >= 0.9).all() and (steered["ratio"] >= 5).all(), (best, steered)
+    assert steered["change"][1] > 1.5 * steered["change"][0] > 0  # more dose, more response
+    assert ablated["as_predicted"] >= 0.9 and ablated["change"] < -0.5
+
+
+def test_the_table_is_printed_with_its_controls(model, shipped, monkeypatch, capsys):
+    monkeypatch.setattr(concepts, "BAR", 1)
+    name = f"smallworld-resid_post-{shipped.layer}"
+    assert concepts.main("smallworld", [name], n_documents=800, control_tokens=8192)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "with shuffled labels 0, with random weights 0" in output and "topic so far: music" in output
+    assert name in output
+    with pytest.raises(ValueError, match="No dictionary ships"):
+        concepts.main("smallworld-step000200")

@@ -86,8 +86,9 @@ def by_storing_everything(model, sae, batches, top, draws, window, seed=0):
             for t in kept:
                 row, pos = divmod(int(t), length)
                 context, around = [], []
+                end = 1 + max(i for i in range(length) if counted[row * length + i])
                 for offset in range(-window[0], window[1] + 1):
-                    inside = 0 <= pos + offset < length
+                    inside = 0 <= pos + offset < end
                     context.append(tokens[row * length + pos + offset] if inside else -1)
                     around.append(values[row * length + pos + offset] if inside else 0)
                 entries.append((int(t), values[t], context, around))
