@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "widths": [24, 64, 160, 512], "k": 18, "learning_rate": 2e-3, "batch_size": 2048, "n_tokens": 2_000_000,
         "buffer_tokens": 250_000, "passes": 4, "seed": 0, "monitor_every": 100,
     }
-    for layer in (2, 3)
+    for layer in (1, 2, 3)
 }  # fmt: skip
 
 
