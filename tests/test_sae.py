@@ -583,7 +583,7 @@ def unseen(model):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_sae_is_faithful_sparse_and_alive(name, model, unseen):
     sae = saes.load_sae(name, model)
-    found = saes.evaluate_sae(model, sae, unseen[:300])
+    found = saes.evaluate_sae(model, sae, unseen[:150])
     assert float(found.cross_entropy_recovered) >= 0.95 and float(found.cross_entropy_recovered_mean) >= 0.95
     assert found.attrs["l0"] <= 20 and abs(float(found.shrinkage)) < 0.1
     active = sae.encode(saes.row_activations(model, unseen, sae.site, sae.layer)) > 0
