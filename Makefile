@@ -7,7 +7,7 @@ SEEDS := 0 1 2
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test lab outputs train bench
+.PHONY: run test lab outputs train saes bench
 
 run: $(STAMP)
 	$(BIN)/python -m mi_utils run
@@ -31,6 +31,9 @@ outputs: $(STAMP)
 
 train: $(STAMP)
 	$(BIN)/python -m mi_utils.smallworld.train --seed $(SEEDS)
+
+saes: $(STAMP)
+	$(BIN)/python -m mi_utils.smallworld.train_saes
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

@@ -24,6 +24,15 @@ _HOMES = {
         "activations", "agreement_documents", "agreement_pairs", "corpus_tokens", "difference_in_means", "erase",
         "label_tokens", "probe", "random_direction", "steer",
     ),
+    "sae": (
+        "BrokenSAE", "WrongSAE", "estimate_sae_training", "evaluate_sae", "fit_sae", "load_sae", "shipped_saes",
+        "train_sae",
+    ),
+    "features": (
+        "ablate_feature", "against_controls", "feature_directions", "feature_search", "logit_effects", "steer_feature",
+        "token_batches",
+    ),
+    "concepts": ("concept_search", "concept_table", "corpus_concepts", "prompt_concept", "shuffle_labels"),
     "ov_qk": ("composition_scores", "copying_scores", "matching_scores", "ov_circuit", "score_parts", "weight_scores"),
     "naming": ("HeadReport", "head_report"),
     "gradients": ("attribution_patch",),
@@ -35,6 +44,7 @@ _HOMES = {
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),
     "study": ("Prediction", "Study"),
+    "dashboard": ("feature_dashboard",),
     "runlog": ("log_run", "read_runs"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""Command line: ``python -m mi_utils doctor | run | evaluate | estimate | runs``."""
+"""Command line: ``python -m mi_utils doctor | run | evaluate | features | estimate | runs``."""
 
 from __future__ import annotations
 
@@ -197,6 +197,24 @@ def evaluate(
 
     try:
         reached = behaviours.main(models or ())
+    except ValueError as error:
+        raise _refuse(error) from error
+    if not reached:
+        raise typer.Exit(1)
+
+
+@app.command()
+def features(
+    model: Annotated[str, typer.Option(help="Embedded model, small enough to be searched here.")] = "smallworld",
+    sae: Annotated[
+        list[str] | None, typer.Option(help="Sparse autoencoder: shipped name or folder; repeatable.")
+    ] = None,
+) -> None:
+    """Print which concepts single features stand for, beside two controls; exit 1 when it is below its bar."""
+    from mi_utils import concepts
+
+    try:
+        reached = concepts.main(model, sae or ())
     except ValueError as error:
         raise _refuse(error) from error
     if not reached:

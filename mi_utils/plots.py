@@ -525,9 +525,9 @@ def circuit(circuit: Circuit, title: str | None = None, *, top: int = 60) -> go.
 def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) -> ipywidgets.VBox:
     """What a function draws or says, with a slider for each of its arguments, ``layer=(0, 3)`` both ends included.
 
-    A figure of this module is shown as its still picture, text as it is. ``ipywidgets.interact`` would show more, but
-    captures output to do so, and nbclient, which executes notebooks, now and then waits for its whole timeout on such
-    a cell.
+    A figure of this module is shown as its still picture, a dashboard as its HTML, text as it is.
+    ``ipywidgets.interact`` would show more, but captures output to do so, and nbclient, which executes notebooks, now
+    and then waits for its whole timeout on such a cell.
 
     Args:
         ranges: whole numbers give a slider of whole numbers, others one of forty steps.
@@ -550,7 +550,10 @@ def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) ->
 
     def redraw(change: Any = None) -> None:
         shown = show(**{name: slider.value for name, slider in sliders.items()})
-        picture.value = f"<pre>{escape(shown)}</pre>" if isinstance(shown, str) else draw(shown.to_dict()) or ""
+        if hasattr(shown, "html"):
+            picture.value = shown.html
+        else:
+            picture.value = f"<pre>{escape(shown)}</pre>" if isinstance(shown, str) else draw(shown.to_dict()) or ""
 
     for slider in sliders.values():
         slider.observe(redraw, "value")

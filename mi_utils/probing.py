@@ -192,7 +192,7 @@ def corpus_tokens(
     spans, templates, entities = [], [], []
     for number, document in enumerate(documents):
         roles = {(label.start, label.end): label.value for label in document.labels if label.facet == "role"}
-        template = _template(document.text, roles)
+        template = template_of(document.text, roles)
         for label in document.labels:
             place = (label.start, label.end)
             if label.facet == facet and (role is None or roles.get(place) == role):
@@ -208,7 +208,8 @@ def corpus_tokens(
     return label_tokens(model, [document.text for document in documents], spans, groups, at=at)
 
 
-def _template(text: str, roles: Mapping[tuple[int, int], str]) -> str:
+def template_of(text: str, roles: Mapping[tuple[int, int], str]) -> str:
+    """The text with every filled slot, (start, end) to role, as its role: what documents of one template share."""
     for (start, end), role in sorted(roles.items(), reverse=True):
         text = f"{text[:start]}{{{role}}}{text[end:]}"
     return text
@@ -679,7 +680,7 @@ def erase(
         NothingChanged: a direction whose erasure changed no activation.
     """
     edits = {(name,): _eraser(model, direction) for name, direction in directions.items()}
-    return _intervene(model, pairs, directions, edits, (), pos, metric, "erasing").rename("erasure")
+    return intervene(model, pairs, directions, edits, (), pos, metric, "erasing").rename("erasure")
 
 
 def steer(
@@ -715,7 +716,7 @@ def steer(
     edits = {
         (name, scale): _adder(model, direction, scale) for name, direction in directions.items() for scale in scales
     }
-    return _intervene(model, pairs, directions, edits, scales, pos, metric, "steering").rename("steering")
+    return intervene(model, pairs, directions, edits, scales, pos, metric, "steering").rename("steering")
 
 
 def _eraser(model: Any, direction: Direction) -> Any:
@@ -729,7 +730,7 @@ def _adder(model: Any, direction: Direction, scale: float) -> Any:
     return (lambda x: x + added.to(x.dtype)) if scale else None
 
 
-def _intervene(
+def intervene(
     model: Any,
     pairs: PromptPairs,
     directions: Mapping[str, Direction],
@@ -739,6 +740,17 @@ def _intervene(
     metric: str,
     mode: str,
 ) -> xr.DataArray:
+    """The metric of the clean run under edits at directions' sites: what erasing and steering have in common.
+
+    Args:
+        edits: for each (name of a direction,), or (name, scale), a function from activations [prompt, pos, d_model]
+            at the positions to new ones; None for the unchanged run.
+        scales: those of the edits, if they have some. Edits come in the order of directions, then scales.
+        mode: what is done, for the attributes and error messages.
+
+    Returns, raises:
+        As :func:`erase`.
+    """
     import xarray as xr
 
     _check_intervention(model, pairs, directions, metric)

@@ -35,7 +35,7 @@ def test_help_is_quick_and_names_every_command():
     code = "import sys, mi_utils.__main__ as cli; assert 'torch' not in sys.modules and 'papermill' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     output = CliRunner().invoke(cli.app, ["--help"]).output
-    assert all(command in output for command in ("run", "doctor", "evaluate", "estimate", "runs"))
+    assert all(command in output for command in ("run", "doctor", "evaluate", "features", "estimate", "runs"))
 
 
 def test_run_reports_and_writes_the_page(command_line, tmp_path):
@@ -123,6 +123,20 @@ def test_evaluate_fails_below_a_bar(command_line, monkeypatch):
     monkeypatch.setattr("mi_utils.smallworld.evaluate", behaviours, raising=False)
     status, _ = command_line("evaluate", "smallworld-seed1")
     assert status == 1 and asked == [["smallworld-seed1"]]
+
+
+def test_features_fails_below_its_bar_and_refuses_what_it_does_not_know(command_line, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mi_utils.concepts.main", lambda model, saes: asked.append((model, list(saes))))
+    status, _ = command_line("features", "--sae", "a", "--sae", "b")
+    assert status == 1 and asked == [("smallworld", ["a", "b"])]
+
+    def refuse(model, saes):
+        raise ValueError(f"No dictionary ships for {model}.")
+
+    monkeypatch.setattr("mi_utils.concepts.main", refuse)
+    status, output = command_line("features", "--model", "smallworld-seed1")
+    assert status == 2 and "No dictionary ships for smallworld-seed1." in output
 
 
 def test_ctrl_c_says_how_to_go_on(command_line, monkeypatch):
