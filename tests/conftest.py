@@ -151,3 +151,28 @@ def model():
     if "smallworld" not in embedded_names():
         pytest.skip("smallworld has not been trained yet: make train")
     return load_model("smallworld")
+
+
+# ---------------------------------------------------------------------------------------------------------- summary
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of `test_mutations.py`: what each planted fault turned red in each notebook."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    rows = {
+        report.nodeid.split("[")[-1].rstrip("]"): found
+        for report in reports
+        for name, found in report.user_properties
+        if name == "mutations"
+    }
+    if not rows:
+        return
+    from mutations import FAULTS
+
+    terminalreporter.section("planted faults: what turned red")
+    for name, found in sorted(rows.items()):
+        terminalreporter.write_line(name)
+        for fault in (fault.name for fault in FAULTS if fault.name in found):
+            terminalreporter.write_line(f"    {fault:36s}{found[fault] or 'SURVIVES'}")
+    n, caught = sum(map(len, rows.values())), sum(bool(red) for found in rows.values() for red in found.values())
+    terminalreporter.write_line(f"{caught} of {n} faults turned a notebook red")
