@@ -82,7 +82,8 @@ def resolve(name: str) -> str:
     if name == "handset":
         from mi_utils.smallworld import handset
 
-        return str(handset.directory())
+        with _quiet(True):
+            return str(handset.directory())
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return str(path)

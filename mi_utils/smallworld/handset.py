@@ -148,21 +148,43 @@ def directory() -> Path:
     return save_handset(kept.name)
 
 
-def induction_prompts(n: int = 6, length: int = 12, seed: int = 0) -> dict[str, list[str]]:
-    """Keywords for ``PromptPairs``: "… A B … A", and the same prompt with another word for the first A.
+CHANGES = ("first", "next", "last")
+# What each change travels along; together the edges that carry something about the words of a prompt. Not among them
+# are those that carry positions alone, which are the same in every prompt.
+PLANTED = {
+    "first": ("embed -> L0H2.v", "L0H2 -> L1H3.k", "L1H3 -> logits"),
+    "next": ("embed -> L1H3.v", "L1H3 -> logits"),
+    "last": ("embed -> L1H3.q", "L1H3 -> logits"),
+}
+
+
+def induction_prompts(n: int = 6, length: int = 12, seed: int = 0, changed: str = "first") -> dict[str, list[str]]:
+    """Keywords for ``PromptPairs``: "… A B … C D … A", and the same prompt with one word changed.
 
     BOS is at position 0, A at ``FIRST``, B one later, A again at the end; no other word comes twice. The answer is B.
-    In the corrupted prompt nothing has preceded B that is like the last word, so the model knows no answer. That
-    takes both heads: the one that says at B "A was before me", and the one that looks for it.
+
+    Args:
+        changed: what the corrupted prompt has changed. "first": the first A is another word; nothing has preceded B
+            that is like the last word, so the model knows no answer. That takes both heads: the one that says at B "A
+            was before me", and the one that looks for it. "next": B is another word, which is then the answer. "last":
+            the last word is C, and D is the answer (this takes ``length`` of 8 or more).
     """
+    if changed not in CHANGES:
+        raise ValueError(f"changed={changed!r}: {', '.join(CHANGES)}.")
+    if changed == "last" and length < 8:
+        raise ValueError(f"length={length}: C and D need 8 words at least.")
     rng = random.Random(seed)
     answers = rng.sample(WORDS, n)
     columns: dict[str, list[str]] = {"clean": [], "corrupted": [], "correct": [], "incorrect": []}
     for answer in answers:
         other, *body = rng.sample([word for word in WORDS if word != answer], length - 1)
         body = [*body[:FIRST], answer, *body[FIRST:], body[FIRST - 1]]
+        incorrect = other
+        if changed == "last":
+            other, incorrect = body[FIRST + 1 : FIRST + 3]
+        place = {"first": FIRST - 1, "next": FIRST, "last": len(body) - 1}[changed]
         columns["clean"].append(" " + " ".join(body))
-        columns["corrupted"].append(" " + " ".join([*body[: FIRST - 1], other, *body[FIRST:]]))
+        columns["corrupted"].append(" " + " ".join([*body[:place], other, *body[place + 1 :]]))
         columns["correct"].append(" " + answer)
-        columns["incorrect"].append(" " + other)
+        columns["incorrect"].append(" " + incorrect)
     return columns
