@@ -12,7 +12,7 @@ from typing import Any
 _HOMES = {
     "compute": ("choose_tool", "environment", "estimate_memory", "known_shape", "pick_device", "seed_everything"),
     "models": ("ModelNotFound", "embedded_names", "info", "load_model"),
-    "prompts": ("ModelDoesNotKnowTask", "PromptPairs", "ioi_pairs"),
+    "prompts": ("ModelDoesNotKnowTask", "PromptPairs", "behaviour_pairs", "ioi_pairs"),
     "metrics": ("METRICS", "LogitDiff"),
     "lens": ("TunedLens", "lens_quality", "logit_lens", "token_rows", "top_tokens", "train_tuned_lens"),
     "engine": ("SlowPath",),
@@ -39,7 +39,7 @@ _HOMES = {
     "graph": ("CannotDecompose", "Graph"),
     "paths": ("path_patch",),
     "edges": ("eap", "eap_ig"),
-    "circuits": ("Circuit", "faithfulness_curve", "nested_circuits"),
+    "circuits": ("Circuit", "faithfulness_curve", "nested_circuits", "smallest_circuit"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
     ),

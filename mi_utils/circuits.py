@@ -307,6 +307,19 @@ class Circuit:
             raise ValueError(f"The graph has neither a node nor an edge {unknown[0]!r}.")
         return self._only(edge for edge in self.edges if edge not in parts and not parts.intersection(self._ends(edge)))
 
+    def jaccard(self, other: Circuit) -> float:
+        """Edges that both have, as a share of those that either has.
+
+        Raises:
+            ValueError: circuits of models of different shapes, or two empty ones.
+        """
+        if other.graph != self.graph:
+            raise ValueError("These circuits are of models of different shapes: their edges cannot be compared.")
+        mine, others = set(self.edges), set(other.edges)
+        if not mine | others:
+            raise ValueError("Two empty circuits have nothing to compare.")
+        return len(mine & others) / len(mine | others)
+
     def pruned(self) -> Circuit:
         """Without edges that lie on no path from the embeddings to the logits.
 
@@ -547,6 +560,43 @@ def nested_circuits(
         raise ValueError(f"Fractions of the graph lie between 0 and 1, not {wrong}.")
     total = scores.sizes[scores.attrs["level"]]
     return [Circuit.from_scores(scores, int(fraction * total), by=by, prune=prune) for fraction in sorted(fractions)]
+
+
+def smallest_circuit(
+    model: Any,
+    pairs: PromptPairs,
+    scores: xr.DataArray,
+    sizes: Sequence[int],
+    *,
+    tolerance: float = 0.05,
+    by: str = "absolute",
+    ablation: str = "corrupted",
+    metric: str | Callable = "logit_diff",
+    batch_size: int | None = None,
+) -> Circuit:
+    """The smallest of the best ``n`` edges, ``n`` from ``sizes``, whose faithfulness is within ``tolerance`` of 1.
+
+    Faithfulness is the ratio of means over these pairs. They are used up by the choice: measure the circuit on others.
+
+    Args:
+        pairs: other prompts than those of the ``scores``, or a size that fits those by chance is chosen.
+        by, ablation, metric, batch_size: as in ``Circuit.from_scores`` and ``Circuit.faithfulness``.
+
+    Raises:
+        ValueError: no size reaches it; the message has what was reached. And as ``Circuit.from_scores``.
+    """
+    circuits = [Circuit.from_scores(scores, n, by=by) for n in sorted(set(sizes))]
+    curve = faithfulness_curve(model, pairs, circuits, ablation=ablation, metric=metric, batch_size=batch_size)
+    gap = curve["clean"] - curve["corrupted"]
+    kept = ((curve * gap).sum("prompt") / gap.sum()).values
+    for circuit, value in zip(circuits, kept, strict=True):
+        if abs(value - 1) <= tolerance:
+            return circuit
+    nearest = int(np.abs(kept - 1).argmin())
+    raise ValueError(
+        f"No size keeps the behaviour within {tolerance} of 1: the nearest is {len(circuits[nearest])} edges with "
+        f"{kept[nearest]:.2f}. Give larger sizes, more prompts or more steps to the scores, or a wider tolerance."
+    )
 
 
 def faithfulness_curve(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -384,3 +384,174 @@ def _role_positions(labels: Sequence[Any], offsets: Sequence[tuple[int, int]]) -
             return None
         places[label.value] = covering[0] + 1
     return places
+
+
+# ------------------------------------------------------------------------------------------ the other behaviours
+
+BEHAVIOURS = ("ioi", "induction", "facts", "agreement", "greater_than")
+
+
+class _Draft(NamedTuple):
+    """A pair before it is looked at by a tokenizer. ``changed`` names the tokens in which the prompts differ."""
+
+    clean: str
+    corrupted: str
+    correct: str
+    incorrect: str
+    template: str
+    changed: tuple[str, ...]
+
+
+def behaviour_pairs(
+    model: Any,
+    name: str,
+    n: int = 32,
+    seed: int = 0,
+    split: str = "train",
+    *,
+    check: bool = True,
+    min_accuracy: float = 0.7,
+) -> PromptPairs:
+    """Pairs for one of the behaviours that the embedded models have learned.
+
+    * "ioi": :func:`ioi_pairs`, aligned.
+    * "induction": ten random words, then the first five again; due is what followed the fifth. In the corrupted prompt
+      the fifth and the eighth word have changed places, and what follows the eighth is due.
+    * "facts": capital, language or currency of a country; the corrupted prompt names another country.
+    * "agreement": the verb after a subject and an attractor; the corrupted prompt has the subject's other number.
+    * "greater_than": the end year of an event. The corrupted prompt has an earlier start year; correct is a year after
+      both, incorrect one between them, so that the corrupted prompt rules neither out (after Hanna et al. 2023,
+      arXiv:2305.00586).
+
+    Only prompts whose two versions differ in just these tokens are used, in the commonest arrangement (length and place
+    of the changed tokens) of this tokenizer. ``roles`` holds the places of the changed tokens and END.
+
+    Args:
+        n, seed: number of pairs, and what draws them.
+        split: "train", or "held_out" for what training never showed: pairs of names, phrasings of facts, pairs of
+            subject and attractor, pairs of event and year. Random words are new in either.
+        check, min_accuracy: as in :class:`PromptPairs`.
+
+    Raises:
+        ValueError: unknown name or split, or not enough prompts with this tokenizer.
+        ModelDoesNotKnowTask: see :class:`PromptPairs`.
+    """
+    if name not in BEHAVIOURS:
+        raise ValueError(f"Unknown behaviour {name!r}: there are {', '.join(BEHAVIOURS)}.")
+    if split not in ("train", "held_out"):
+        raise ValueError(f"Unknown split {split!r}: train or held_out.")
+    if n < 1:
+        raise ValueError(f"n={n}: ask for at least one pair.")
+    if name == "ioi":
+        split = "train" if split == "train" else "held_out_names"
+        return ioi_pairs(model, n, seed, split, check=check, min_accuracy=min_accuracy)
+
+    def draws(rng: Random, tries: int) -> Iterator[tuple[_Draft, tuple[int, ...]]]:
+        drafts = _DRAFTS[name](model, rng, split)
+        for _ in range(tries):
+            draft = next(drafts)
+            if (places := _changed_places(model, draft)) is not None:
+                yield draft, places
+
+    seen = Counter(places for _, places in draws(Random(f"{name} arrangement"), 300))
+    wanted = max(seen, key=lambda key: (seen[key], key)) if seen else ()
+    chosen: dict[str, _Draft] = {}
+    for draft, places in draws(Random(seed), 2000 + 100 * n):
+        if places == wanted:
+            chosen.setdefault(draft.clean, draft)
+        if len(chosen) == n:
+            break
+    else:
+        raise ValueError(
+            f"Only {len(chosen)} of {n} different {name} prompts found for the tokenizer of {models.info(model).name} "
+            f"(split {split!r}). Ask for fewer, or write prompts of your own and give them to PromptPairs."
+        )
+    drafts = list(chosen.values())
+    return PromptPairs(
+        model,
+        **{column: [getattr(draft, column) for draft in drafts] for column in _Draft._fields[:5]},
+        roles=dict(zip((*drafts[0].changed, "END"), (*wanted[1:], wanted[0] - 1), strict=True)),
+        check=check,
+        min_accuracy=min_accuracy,
+    )
+
+
+def _changed_places(model: Any, draft: _Draft) -> tuple[int, ...] | None:
+    """Length with BOS, then the changed positions; None where the tokenizer makes more or less of the change."""
+    clean, corrupted, correct, incorrect = (
+        model.tokenizer.encode(text, add_special_tokens=False) for text in draft[:4]
+    )
+    if len(clean) != len(corrupted) or len(correct) != 1 or len(incorrect) != 1 or correct == incorrect:
+        return None
+    places = tuple(i + 1 for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b)
+    return (len(clean) + 1, *places) if len(places) == len(draft.changed) else None
+
+
+def _with_role(document: Any, role: str, text: str) -> str:
+    """A corpus document's text with another word in one slot."""
+    label = next(label for label in document.labels if (label.facet, label.value) == ("role", role))
+    return document.text[: label.start] + text + document.text[label.end :]
+
+
+def _induction_drafts(model: Any, rng: Random, split: str) -> Iterator[_Draft]:
+    from mi_utils.smallworld import lexicon
+
+    words = [word for word in lexicon.words() if len(model.tokenizer.encode(" " + word, add_special_tokens=False)) == 1]
+    if len(words) < 20:
+        raise ValueError(f"The tokenizer of {models.info(model).name} has only {len(words)} words as single tokens.")
+    while True:
+        block = rng.sample(words, 10)
+        other = [*block[:4], block[7], *block[5:7], block[4], *block[8:]]
+        clean, corrupted = ("".join(" " + word for word in [*each, *block[:5]]) for each in (block, other))
+        yield _Draft(clean, corrupted, " " + block[5], " " + block[8], "random words", ("A", "C"))
+
+
+def _fact_drafts(model: Any, rng: Random, split: str) -> Iterator[_Draft]:
+    from mi_utils.smallworld import corpus
+
+    while True:
+        relation = rng.choice(corpus.RELATIONS)
+        prompt, other = corpus.fact_prompt(rng, relation, split), rng.choice(corpus.COUNTRIES)
+        corrupted = _with_role(prompt.document, "country", other.name)
+        yield _Draft(
+            prompt.text, corrupted, " " + prompt.answer, " " + getattr(other, relation), relation, ("country",)
+        )
+
+
+def _agreement_drafts(model: Any, rng: Random, split: str) -> Iterator[_Draft]:
+    from mi_utils.smallworld import corpus, lexicon
+
+    other_number = lexicon.PLURAL | {plural: noun for noun, plural in lexicon.PLURAL.items()}
+    while True:
+        prompt = corpus.agreement_prompt(rng, split)
+        labels = prompt.document.labels
+        subject = next(
+            prompt.text[label.start : label.end]
+            for label in labels
+            if (label.facet, label.value) == ("role", "subject")
+        )
+        numbers = [label.value for label in labels if label.facet == "number"]
+        corrupted = _with_role(prompt.document, "subject", other_number[subject])
+        template = "{} subject, {} attractor".format(*numbers)
+        yield _Draft(prompt.text, corrupted, prompt.correct, prompt.incorrect, template, ("subject",))
+
+
+def _year_drafts(model: Any, rng: Random, split: str) -> Iterator[_Draft]:
+    from mi_utils.smallworld import corpus
+
+    while True:
+        document, start = corpus.year_prompt(rng, split)
+        if start < 20:  # no room for an earlier start and a year between
+            continue
+        earlier = rng.randint(2, start - 10)
+        between, after = rng.randint(earlier + 1, start - 1), rng.randint(start + 1, 99)
+        corrupted = _with_role(document, "start", f"{earlier:02d}")
+        yield _Draft(document.text, corrupted, f"{after:02d}", f"{between:02d}", "years", ("start",))
+
+
+_DRAFTS = {
+    "induction": _induction_drafts,
+    "facts": _fact_drafts,
+    "agreement": _agreement_drafts,
+    "greater_than": _year_drafts,
+}

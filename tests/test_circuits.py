@@ -7,12 +7,13 @@ import torch
 from plain_circuits import PlainGraph
 
 from mi_utils import models
-from mi_utils.circuits import Circuit, faithfulness_curve, nested_circuits
+from mi_utils.circuits import Circuit, faithfulness_curve, nested_circuits, smallest_circuit
 from mi_utils.edges import eap, eap_ig
 from mi_utils.graph import CannotDecompose, Graph
 from mi_utils.models import load_model
 from mi_utils.prompts import PromptPairs
 from mi_utils.results import NothingChanged
+from mi_utils.smallworld.handset import CHANGES, PLANTED
 from mi_utils.stats import pooled_effect
 
 
@@ -244,6 +245,35 @@ def test_the_circuit_set_by_hand_is_faithful_minimal_and_complete(known):
         twin = circuit.random_twin(seed)
         assert len(twin) == 3
         assert float(pooled_effect(twin.faithfulness(model, pairs))) < 0.1
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_each_change_finds_the_edges_that_were_planted_for_it_and_no_others(changed):
+    model = load_model("handset")
+    found, sized = (PromptPairs(model, **handset.induction_prompts(6, seed=seed, changed=changed)) for seed in (0, 1))
+    circuit = smallest_circuit(model, sized, eap_ig(model, found), range(1, 30))
+    assert set(circuit.edges) == set(PLANTED[changed])
+
+
+def test_the_smallest_circuit_is_the_first_size_that_is_faithful(known):
+    model, pairs = known
+    scores = eap_ig(model, pairs)
+    assert len(smallest_circuit(model, pairs, scores, [40, 3, 2])) == 3
+    kept = faithfulness_curve(model, pairs, [smallest_circuit(model, pairs, scores, [20, 10])])
+    assert abs(float(pooled_effect(kept)[0]) - 1) <= 0.05
+    with pytest.raises(ValueError, match="2 edges|0 edges"):
+        smallest_circuit(model, pairs, scores, [1, 2])
+
+
+def test_jaccard_counts_shared_edges(model):
+    edges = Graph.of(model).edges
+    first, second = Circuit(Graph.of(model), edges[:6]), Circuit(Graph.of(model), edges[3:9])
+    assert first.jaccard(second) == second.jaccard(first) == pytest.approx(3 / 9)
+    assert first.jaccard(first) == 1 and first.jaccard(Circuit(Graph.of(model), edges[6:9])) == 0
+    with pytest.raises(ValueError, match="different shapes"):
+        first.jaccard(Circuit(Graph(9, 2), ("embed -> logits",)))
+    with pytest.raises(ValueError, match="empty"):
+        Circuit(Graph.of(model), ()).jaccard(Circuit(Graph.of(model), ()))
 
 
 def test_minimality_in_a_context_and_completeness_of_a_part(model, pairs):

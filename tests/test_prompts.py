@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mi_utils import models
-from mi_utils.prompts import ModelDoesNotKnowTask, PromptPairs, ioi_pairs
+from mi_utils.prompts import BEHAVIOURS, ModelDoesNotKnowTask, PromptPairs, behaviour_pairs, ioi_pairs
 
 GOOD = {
     "clean": [
@@ -250,3 +250,64 @@ def test_pairs_are_not_run_on_a_model_with_another_tokenizer(pairs, tiny, world)
     for use in uses:
         with pytest.raises(ValueError, match="another tokenizer"):
             use()
+
+
+# ------------------------------------------------------------------------------------------------- other behaviours
+
+
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_the_embedded_model_knows_each_behaviour_on_prompts_it_was_not_trained_on(model, name):
+    pairs = behaviour_pairs(model, name, n=24, split="held_out")
+    assert len(set(pairs.clean)) == 24
+    assert float((pairs.clean_logit_diff > 0).float().mean()) > 0.9
+    assert float(pairs.corrupted_logit_diff.mean()) < 0.3 * float(pairs.clean_logit_diff.mean())
+    changed = sorted(place for role, place in pairs.roles.items() if role not in ("END", "IO", "S1", "S1+1"))
+    assert all(row.nonzero().flatten().tolist() == changed for row in pairs.differs), "one arrangement in all pairs"
+    assert pairs.roles["END"] == pairs.clean_tokens.shape[1] - 1
+    other = behaviour_pairs(model, name, n=24, seed=1, split="held_out")
+    assert set(other.clean) != set(pairs.clean), "another seed draws other prompts"
+
+
+def test_what_is_due_follows_from_the_prompt(model):
+    for text, wrong, right in _columns(behaviour_pairs(model, "induction", n=6)):
+        words = text.split()
+        assert words[words.index(words[-1]) + 1] == right.strip() and wrong.strip() in words
+    for text, wrong, right in _columns(behaviour_pairs(model, "induction", n=6), "corrupted"):
+        words = text.split()
+        assert words[words.index(words[-1]) + 1] == wrong.strip() != right.strip(), "in the corrupted prompt the other"
+    years = behaviour_pairs(model, "greater_than", n=12)
+    for clean, corrupted, correct, incorrect in zip(
+        years.clean, years.corrupted, years.correct, years.incorrect, strict=True
+    ):
+        start, earlier = (_start_year(text) for text in (clean, corrupted))
+        assert earlier < int(incorrect) < start < int(correct)
+    from mi_utils.smallworld import corpus
+
+    facts = behaviour_pairs(model, "facts", n=12)
+    for clean, corrupted, *answers in zip(facts.clean, facts.corrupted, facts.correct, facts.incorrect, strict=True):
+        named = [next(c for c in corpus.COUNTRIES if f"{c.name} " in f"{text} ") for text in (clean, corrupted)]
+        for country, answer in zip(named, answers, strict=True):
+            assert answer.strip() in (country.capital, country.language, country.currency)
+    agreement = behaviour_pairs(model, "agreement", n=12)
+    assert {label.split(" ")[0] for label in agreement.template} == {"plural", "singular"}
+
+
+def _columns(pairs, which="clean"):
+    return zip(getattr(pairs, which), pairs.incorrect, pairs.correct, strict=True)
+
+
+def _start_year(text):
+    import re
+
+    return int(re.search(r"\d\d(\d\d)", text)[1])
+
+
+def test_behaviours_are_refused_by_name_split_and_number(tiny):
+    with pytest.raises(ValueError, match="there are ioi"):
+        behaviour_pairs(tiny, "chess")
+    with pytest.raises(ValueError, match="train or held_out"):
+        behaviour_pairs(tiny, "facts", split="test")
+    with pytest.raises(ValueError, match="at least one"):
+        behaviour_pairs(tiny, "facts", n=0)
+    with pytest.raises(ValueError, match="words as single tokens|prompts found"):
+        behaviour_pairs(tiny, "induction")
