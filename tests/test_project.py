@@ -25,7 +25,7 @@ FILES = {
     ".copier-answers.yml", ".gitignore", "CLAUDE.md", "Makefile", "README.md", "environment.yml", "requirements.txt",
     "notebooks/01_environment_setup.ipynb", "notebooks/02_experiment_design.ipynb",
     "notebooks/03_implementation.ipynb", "notebooks/04_analysis.ipynb", "notebooks/05_validation.ipynb",
-    "notebooks/prompts.py", "tests/test_project.py",
+    "notebooks/measure.py", "notebooks/prompts.py", "tests/test_project.py",
 }  # fmt: skip
 VARIANTS = {
     "small, json": {"model": "smallworld", "tracking": "json"},
@@ -96,6 +96,13 @@ def test_dependencies_go_by_model_size_and_are_the_tested_versions(baked):
     assert any(line.startswith("wandb") for line in lines) == (answers["tracking"] == "wandb")
     (package,) = [line.removeprefix("-e ") for line in lines if line.startswith("-e ")]
     assert (folder / package).resolve() == ROOT, "offline the package comes from this checkout"
+
+
+def test_its_code_is_clean(baked):
+    folder, _ = baked
+    config = ("--config", str(ROOT / "pyproject.toml"))
+    for command in (("check",), ("format", "--check")):
+        run(sys.executable, "-m", "ruff", *command, *config, "--no-cache", "notebooks/measure.py", "tests", cwd=folder)
 
 
 def test_its_metadata_is_readable_and_names_the_project(baked):
@@ -210,7 +217,7 @@ def test_the_command_asks_for_what_is_not_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, ["new-project", "p", "--tracking", "wandb"], input="\ngpt2-xl\nHow?\n")
     assert result.exit_code == 0 and result.output.count("]:") == 3, result.output
-    assert "14 files written to p" in result.output and str(tmp_path) not in result.output
+    assert f"{len(FILES)} files written to p" in result.output and str(tmp_path) not in result.output
     recorded = yaml.safe_load((tmp_path / "p" / ".copier-answers.yml").read_text())
     wanted = {"name": "p", "model": "gpt2-xl", "question": "How?", "tracking": "wandb", "tool": "TransformerLens"}
     assert recorded.items() >= wanted.items()
