@@ -92,7 +92,9 @@ def run_in_one_kernel(paths: Sequence[Path], timeout: float = 600, **parameters:
     from nbformat.v4 import new_code_cell
 
     given = new_code_cell("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(paths[0].parent))
+    manager, client = start_new_kernel(
+        kernel_name="python3", cwd=str(paths[0].parent), extra_arguments=["--IPKernelApp.log_level=40"]
+    )
     client.stop_channels()
     try:
         for path in paths:

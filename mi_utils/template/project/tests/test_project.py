@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -9,7 +10,8 @@ import pytest
 
 from mi_utils import course, guard
 
-TEST_MODEL = "smallworld"  # needs no network; put your own model here once your prompts no longer suit this one
+# smallworld needs no network; name your own model here once your prompts no longer suit this one
+TEST_MODEL = os.environ.get("TEST_MODEL", "smallworld")
 NOTEBOOKS = course.list_notebooks(Path(__file__).parents[1] / "notebooks")
 
 
