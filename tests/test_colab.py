@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
 import re
-import subprocess
 import sys
-import venv
-import zipfile
-from importlib import metadata
 from pathlib import Path
 from runpy import run_path
 from types import ModuleType
 
 import nbformat
+import pip_index
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from packaging.utils import canonicalize_name
 from test_course import write_notebook
-from test_repository import PROJECT, ROOT, SLUG, pins
+from test_repository import ROOT, SLUG, pins
 
 from mi_utils import colab, course
 
@@ -162,58 +155,11 @@ def test_a_gpu_is_picked_up(there, words, imitation, monkeypatch, capsys):
 # ---------------------------------------------------------------- what pip would change
 
 
-def write_dist_info(folder: Path, name: str, version: str, requires: list[str]) -> list[tuple[str, str]]:
-    """Metadata of a package without its code; returns what was written, by path within the folder."""
-    info = f"{canonicalize_name(name).replace('-', '_')}-{version}.dist-info"
-    about = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-    written = [
-        (f"{info}/METADATA", "\n".join([*about, *(f"Requires-Dist: {each}" for each in requires)]) + "\n"),
-        (f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
-        (f"{info}/INSTALLER", "pip\n"),
-    ]
-    digests = [
-        (path, base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode())
-        for path, text in written
-    ]
-    record = "".join(f"{path},sha256={digest},\n" for path, digest in digests) + f"{info}/RECORD,,\n"
-    written.append((f"{info}/RECORD", record))
-    for path, text in written:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
-    return written
-
-
 @pytest.fixture(scope="module")
 def colab_python(tmp_path_factory):
-    """A Python with Colab's packages, as far as pip can tell, and an index of everything that is installed here."""
+    """A Python with Colab's packages, and an index of what is installed here."""
     folder = tmp_path_factory.mktemp("colab")
-    venv.create(folder / "env", with_pip=False)
-    (site,) = (folder / "env").rglob("site-packages")
-    for name, version in COLAB_HAS.items():
-        write_dist_info(site, name, version, [])
-    index = folder / "index"
-    index.mkdir()
-    own = (PROJECT["project"]["name"], PROJECT["project"]["version"], PROJECT["project"]["dependencies"])
-    others = [
-        (each.metadata["Name"], each.version, each.requires or [])
-        for each in metadata.distributions()
-        if canonicalize_name(each.metadata["Name"]) != own[0]
-    ]
-    for name, version, requires in [own, *others]:
-        written = write_dist_info(folder / "unpacked" / canonicalize_name(name), name, version, requires)
-        wheel = f"{canonicalize_name(name).replace('-', '_')}-{version}-py3-none-any.whl"
-        with zipfile.ZipFile(index / wheel, "w") as archive:
-            for path, text in written:
-                archive.writestr(path, text)
-    return folder / "env" / "bin" / "python", index
-
-
-def pip(colab_python, *arguments: str) -> subprocess.CompletedProcess:
-    python, index = colab_python
-    command = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", *arguments]
-    if arguments[0] == "install":
-        command += ["--dry-run", "--quiet", "--report", "-", "--no-index", "--find-links", str(index)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return pip_index.make_python(folder / "env", COLAB_HAS), pip_index.make_index(folder)
 
 
 @pytest.fixture
@@ -222,25 +168,23 @@ def cell_install(imitation, monkeypatch, colab_python, tmp_path):
     monkeypatch.setattr(colab, "prepare", lambda *arguments: None)
     _, keep, install = run_cell(NOTEBOOKS[0])
     pattern = re.search(r'grep -E "([^"]+)"', keep)[1]
-    listed = pip(colab_python, "list", "--format=freeze").stdout.splitlines()
+    listed = pip_index.pip(colab_python[0], "list", "--format=freeze").stdout.splitlines()
     constraints = tmp_path / "keep.txt"
     constraints.write_text("\n".join(line for line in listed if re.search(pattern, line)))
-    parts = install.replace("/content/mi-workbench/keep.txt", str(constraints)).split()[1:]
-    return [part if part != "/content/mi-workbench" else PROJECT["project"]["name"] for part in parts], constraints
+    parts = install.replace("/content/mi-workbench/keep.txt", str(constraints)).removeprefix("pip install -q ").split()
+    return [part if part != "/content/mi-workbench" else pip_index.PROJECT["name"] for part in parts], constraints
 
 
 def test_the_installation_changes_none_of_colabs_packages(colab_python, cell_install):
     arguments, constraints = cell_install
     kept = {line.split("==")[0] for line in constraints.read_text().splitlines()}
     assert kept == {"torch", "torchvision", "numpy", "pandas", "ipython", "ipykernel", "ipywidgets"}
-    done = pip(colab_python, *arguments)
-    assert done.returncode == 0, done.stderr
-    added = {canonicalize_name(each["metadata"]["name"]) for each in json.loads(done.stdout)["install"]}
-    assert {"mi-workbench", "transformer-lens", "sae-lens", "nnsight", "copier"} <= added
-    assert added & set(COLAB_HAS) == set()
+    added = pip_index.would_install(*colab_python, *arguments)
+    assert {"mi-workbench", "transformer-lens", "sae-lens", "nnsight", "copier"} <= set(added)
+    assert set(added) & set(COLAB_HAS) == set()
 
 
 def test_an_installation_that_would_change_torch_is_refused(colab_python, cell_install):
     arguments, _ = cell_install
-    done = pip(colab_python, *arguments, f"torch=={pins()['torch']}")
-    assert done.returncode != 0 and "torch" in done.stderr
+    with pytest.raises(RuntimeError, match="torch"):
+        pip_index.would_install(*colab_python, *arguments, f"torch=={pins()['torch']}")

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
+import pip_index
 import pytest
 import yaml
 from test_repository import ROOT, SLUG, pins
@@ -97,6 +98,21 @@ def test_dependencies_go_by_model_size_and_are_the_tested_versions(baked):
     assert any(line.startswith("wandb") for line in lines) == (answers["tracking"] == "wandb")
     (package,) = [line.removeprefix("-e ") for line in lines if line.startswith("-e ")]
     assert (folder / package).resolve() == ROOT, "offline the package comes from this checkout"
+
+
+@pytest.fixture(scope="module")
+def empty_python(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pip")
+    return pip_index.make_python(folder / "env", {}), pip_index.make_index(folder)
+
+
+def test_its_requirements_fit_together(baked, empty_python, tmp_path):
+    folder, _ = baked
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    wanted = tmp_path / "requirements.txt"
+    wanted.write_text("\n".join("mi-workbench" if line.startswith("-e ") else line for line in lines))
+    added = pip_index.would_install(*empty_python, "-r", str(wanted))
+    assert {"mi-workbench", "torch", "pytest", "jupyterlab"} <= set(added)
 
 
 def test_its_code_is_clean(baked):
