@@ -100,21 +100,6 @@ def test_dependencies_go_by_model_size_and_are_the_tested_versions(baked):
     assert (folder / package).resolve() == ROOT, "offline the package comes from this checkout"
 
 
-@pytest.fixture(scope="module")
-def empty_python(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pip")
-    return pip_index.make_python(folder / "env", {}), pip_index.make_index(folder)
-
-
-def test_its_requirements_fit_together(baked, empty_python, tmp_path):
-    folder, _ = baked
-    lines = (folder / "requirements.txt").read_text().splitlines()
-    wanted = tmp_path / "requirements.txt"
-    wanted.write_text("\n".join("mi-workbench" if line.startswith("-e ") else line for line in lines))
-    added = pip_index.would_install(*empty_python, "-r", str(wanted))
-    assert {"mi-workbench", "torch", "pytest", "jupyterlab"} <= set(added)
-
-
 def test_its_code_is_clean(baked):
     folder, _ = baked
     config = ("--config", str(ROOT / "pyproject.toml"))
@@ -150,6 +135,18 @@ def test_its_own_tests_pass_and_with_them_its_notebooks_run(baked, tmp_path):
     assert (study.question, study.hash is not None) == ("Who reads what?", True)
     assert verdict.status == "incomplete" and {"held_out", "seeds"} <= set(verdict.missing)
     assert [each["name"] for each in read_runs(saved.parents[2] / "runs")] == ["discovery", "validation"]
+
+
+def test_the_requirements_of_all_variants_fit_together(tmp_path):
+    lines = set()
+    for number, answers in enumerate(VARIANTS.values()):
+        project.new_project(tmp_path / str(number), answers)
+        lines |= set((tmp_path / str(number) / "requirements.txt").read_text().splitlines())
+    wanted = tmp_path / "requirements.txt"
+    wanted.write_text("\n".join("mi-workbench" if line.startswith("-e ") else line for line in lines))
+    python, index = pip_index.make_python(tmp_path / "env", {}), pip_index.make_index(tmp_path)
+    added = pip_index.would_install(python, index, "-r", str(wanted))
+    assert {"mi-workbench", "torch", "transformer-lens", "nnsight", "wandb", "pytest", "jupyterlab"} <= set(added)
 
 
 def test_the_tests_of_a_project_refuse_a_notebook_that_claims_nothing(tmp_path):
