@@ -1,4 +1,4 @@
-"""What `make outputs` does to notebooks that were run: drop progress bars, copy out the README's picture."""
+"""What `make outputs` does to notebooks: no progress bars, the same Colab cell in all; and the README's picture."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "layer-position.svg"
+FIRST = ROOT / "notebooks" / "01_environment_setup.ipynb"  # its Colab cell is the model for all others
 
 
 def drop_progress(path: Path) -> None:
@@ -14,6 +15,19 @@ def drop_progress(path: Path) -> None:
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(nb, path)
+
+
+def colab_cell(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The cell that makes a notebook run on Colab."""
+    (cell,) = [cell for cell in nb.cells if "colab" in cell.metadata.get("tags", ())]
+    return cell
+
+
+def same_colab_cell(path: Path) -> None:
+    """Write the Colab cell of notebook 01 into a notebook, with the notebook's own name in it."""
+    nb, model = nbformat.read(path, as_version=4), nbformat.read(FIRST, as_version=4)
+    colab_cell(nb).source = colab_cell(model).source.replace(FIRST.stem, path.stem)
     nbformat.write(nb, path)
 
 
@@ -33,4 +47,5 @@ def stored_picture() -> str:
 if __name__ == "__main__":
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         drop_progress(notebook)
+        same_colab_cell(notebook)
     PICTURE.write_text(stored_picture() + "\n", encoding="utf-8")

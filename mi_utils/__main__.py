@@ -1,4 +1,4 @@
-"""Command line: ``python -m mi_utils doctor | run | evaluate | features | estimate | runs``."""
+"""Command line: ``python -m mi_utils doctor | run | evaluate | features | estimate | new-project | runs``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mi_utils import course
+from mi_utils import course, project
 
 app = typer.Typer(
     help="Run the course, check this machine, measure the embedded models.",
@@ -20,7 +20,6 @@ app = typer.Typer(
 )
 console = Console()
 
-DISTRIBUTION = "mi-workbench"
 STATUS_STYLE = {"done": "green", "failed": "red", "interrupted": "yellow", "running": "yellow"}
 
 Model = Annotated[str | None, typer.Option(help="Embedded name, local folder or hub id (gpt2-small).")]
@@ -136,9 +135,9 @@ def _check_versions() -> bool:
     mark = {True: "[green]ok[/]", False: "[red]wrong[/]"}
     table.add_row("python", sys.version.split()[0], ">=3.11", mark[healthy])
     try:
-        wanted = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
+        wanted = [Requirement(line) for line in metadata.requires(project.DISTRIBUTION) or ()]
     except metadata.PackageNotFoundError:
-        console.print(f"[red]{DISTRIBUTION} is not installed: pip install -e . in the repository.[/]")
+        console.print(f"[red]{project.DISTRIBUTION} is not installed: pip install -e . in the repository.[/]")
         return False
     for requirement in wanted:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -251,6 +250,49 @@ def _shape_of(model: str) -> Any:
     from mi_utils import compute, models
 
     return compute.ModelShape.from_config(AutoConfig.from_pretrained(models.resolve(model)))
+
+
+@app.command("new-project")
+def new_project(
+    directory: Annotated[Path, typer.Argument(help="Folder for the project; files that are there stay as they are.")],
+    name: Annotated[str | None, typer.Option(help="Name; the folder's unless given.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to study.")] = None,
+    question: Annotated[str | None, typer.Option(help="What you want to know about it, in one sentence.")] = None,
+    tracking: Annotated[str | None, typer.Option(help="json, or wandb as well.")] = None,
+    tool: Annotated[str | None, typer.Option(help="TransformerLens or nnsight; by the model's size.")] = None,
+    train_sae: Annotated[bool | None, typer.Option(help="Pin SAELens, for training.")] = None,
+    defaults: Annotated[bool, typer.Option("--defaults", help="Ask nothing.")] = False,
+) -> None:
+    """Make a project of your own from the template; asks for what is not given."""
+    answers = {
+        "name": name, "model": model, "question": question, "tracking": tracking, "tool": tool, "train_sae": train_sae,
+    }  # fmt: skip
+    try:
+        if not defaults:
+            answers |= _ask_for_missing(directory, answers)
+        made = project.new_project(directory, answers)
+    except project.ProjectError as error:
+        raise _refuse(error) from error
+    console.print(f"{len(made.written)} files written to {escape(str(directory))}", highlight=False, soft_wrap=True)
+    if made.kept:
+        console.print(f"Left as they were: {escape(', '.join(made.kept))}", highlight=False, soft_wrap=True)
+    if made.written:
+        steps = f"cd {directory} && git init && git add -A && git commit -m 'New project'", "make test"
+        console.print("Next:", *(f"  {escape(step)}" for step in steps), sep="\n", highlight=False, soft_wrap=True)
+
+
+def _ask_for_missing(directory: Path, answers: dict[str, Any]) -> dict[str, Any]:
+    """Ask for what neither the command line nor an earlier project in the folder says; Enter takes the default."""
+    texts = {
+        "name": ("Name of the project", directory.resolve().name),
+        "model": ("Model to study: embedded name, hub id or folder", "smallworld"),
+        "question": ("What do you want to know about it? Enter for the course's question", ""),
+        "tracking": ("Where runs are logged: json or wandb", "json"),
+    }
+    recorded = project.read_answers(directory)
+    open_questions = {name: text for name, text in texts.items() if answers[name] is None and name not in recorded}
+    asked = {name: typer.prompt(text, default=default) for name, (text, default) in open_questions.items()}
+    return {name: answer for name, answer in asked.items() if answer}
 
 
 @app.command()

@@ -368,9 +368,12 @@ def _digest(text: str) -> str:
 
 def _package_hash() -> str:
     """Hash of this package's own code: results of an older version of it count as unfinished."""
-    folder = Path(__file__).parent
+    return _code_hash(Path(__file__).parent, "**/*.py")
+
+
+def _code_hash(folder: Path, pattern: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(folder.glob(pattern)):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -460,7 +463,7 @@ def plan_course(
     inside = at_home and state.folder.is_relative_to(root)
     given["output"] = state.folder.relative_to(root).as_posix() if inside else str(state.folder)
     fresh_start = fresh and not names
-    code = _package_hash()
+    code = _package_hash() + _code_hash(folder, "*.py")  # with the modules that notebooks import from beside them
     keys: dict[Path, str] = {}
     done: dict[Path, bool] = {}
     steps = []

@@ -21,6 +21,7 @@ def log_run(
     *,
     directory: str | Path = "build/runs",
     tracking: str = "json",
+    project: str = PROJECT,
 ) -> Path:
     """Add one run to the log.
 
@@ -31,6 +32,7 @@ def log_run(
         directory: the log is ``runs.jsonl`` in there.
         tracking: "json", or "wandb" for the same record on Weights & Biases as well (mode and login are taken from
             its own environment variables).
+        project: under which project Weights & Biases files it.
 
     Returns:
         The log file.
@@ -61,7 +63,7 @@ def log_run(
             line = line if file.read(1) == b"\n" else b"\n" + line
         file.write(line)
     if wandb is not None:
-        run = wandb.init(project=PROJECT, name=name, config=record["parameters"], dir=str(path.parent))
+        run = wandb.init(project=project, name=name, config=record["parameters"], dir=str(path.parent))
         run.log(record["results"])
         run.finish()
     return path

@@ -35,7 +35,8 @@ def test_help_is_quick_and_names_every_command():
     code = "import sys, mi_utils.__main__ as cli; assert 'torch' not in sys.modules and 'papermill' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     output = CliRunner().invoke(cli.app, ["--help"]).output
-    assert all(command in output for command in ("run", "doctor", "evaluate", "features", "estimate", "runs"))
+    commands = ("run", "doctor", "evaluate", "features", "estimate", "new-project", "runs")
+    assert all(command in output for command in commands)
 
 
 def test_run_reports_and_writes_the_page(command_line, tmp_path):

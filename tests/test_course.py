@@ -167,6 +167,15 @@ def test_changed_package_code_makes_finished_notebooks_unfinished(notebooks, mon
     assert not course.plan_course(folder=notebooks).steps[0].finished
 
 
+def test_a_changed_module_beside_the_notebooks_makes_them_unfinished(notebooks):
+    write_notebook(notebooks, "01_first", "import prompts\nassert prompts.N == 1")
+    (notebooks / "prompts.py").write_text("N = 1\n")
+    (result,) = course.run_course(course.plan_course(folder=notebooks))
+    assert result.status == "done" and course.plan_course(folder=notebooks).steps[0].finished
+    (notebooks / "prompts.py").write_text("N = 2\n")
+    assert not course.plan_course(folder=notebooks).steps[0].finished
+
+
 def test_missing_predecessors_run_first_and_a_changed_one_runs_again(notebooks):
     write_notebook(notebooks, "01_first", write_trace("01"))
     write_notebook(notebooks, "02_second", write_trace("02"), needs=["01"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from IPython.core.inputtransformer2 import TransformerManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from mi_utils import course
+from mi_utils import course, guard
 
 ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent
@@ -75,57 +73,11 @@ def test_stored_outputs_are_reproduced(path, nbval_run):
 
 # ---------------------------------------------------------------- the guard against hollow notebooks
 
-MIN_CLAIMS = 3
-MAX_SKIPPED = 3
-MAX_LINES = 40
-SKIPPING = re.compile(r"#\s*(?:NBVAL_SKIP|NBVAL_IGNORE_OUTPUT|PYTEST_VALIDATE_IGNORE_OUTPUT)", re.IGNORECASE)
-SKIPPING_TAGS = {"nbval-skip", "nbval-ignore-output", "pytest-validate-ignore-output", "skip-execution"}
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-# as nbval reads them: a comment, or the same words as a tag
-RAISING = re.compile(r"#\s*NBVAL_RAISES_EXCEPTION", re.IGNORECASE)
-RAISING_TAGS = {"raises-exception", "nbval-raises-exception"}
-# an outside address in a comment is a source, in code it is a request
-ADDRESS = re.compile(r"https?://[^\s\"')]+")
-
-
-def claims(source: str) -> int:
-    """Asserts of a cell that could fail: ``assert True`` and the like claim nothing."""
-    tree = ast.parse(TransformerManager().transform_cell(source))
-    constants = (ast.Constant, ast.Tuple, ast.List)
-    return sum(isinstance(node, ast.Assert) and not isinstance(node.test, constants) for node in ast.walk(tree))
 
 
 def hollow(nb: nbformat.NotebookNode) -> list[str]:
-    """What is hollow about a notebook; empty where nothing is."""
-    code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
-    outputs = [output for cell in code for output in cell.outputs]
-    tags = [set(cell.metadata.get("tags", ())) for cell in code]
-    problems = []
-    if not code:
-        return ["no code"]
-    if any(output.output_type == "error" for output in outputs):
-        problems.append("a stored error")
-    if any(RAISING.search(cell.source) or RAISING_TAGS & own for cell, own in zip(code, tags, strict=True)):
-        problems.append("a cell that may raise: papermill stops there, catch the exception in the cell")
-    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
-        problems.append("execution counts are not 1, 2, 3 …: run it from a fresh kernel and save")
-    if not outputs:
-        problems.append("no stored output, so nothing is compared")
-    if sum(claims(cell.source) for cell in code) < MIN_CLAIMS:
-        problems.append(f"fewer than {MIN_CLAIMS} asserted claims")
-    skipped = sum(
-        bool(SKIPPING.search(cell.source) or SKIPPING_TAGS & own) for cell, own in zip(code, tags, strict=True)
-    )
-    if skipped > MAX_SKIPPED:
-        problems.append(f"{skipped} skipped or ignored cells, {MAX_SKIPPED} are allowed")
-    longest = max(cell.source.count("\n") + 1 for cell in code)
-    if longest > MAX_LINES:
-        problems.append(f"a cell of {longest} lines, {MAX_LINES} are allowed")
-    for cell in code:
-        lines = [line for line in cell.source.splitlines() if not line.lstrip().startswith("#")]
-        addresses = [found for line in lines for found in ADDRESS.findall(line)]
-        problems += [f"a code cell names {found}" for found in addresses if not found.startswith(REPOSITORY)]
-    return problems
+    return guard.hollow(nb, own_address=REPOSITORY)
 
 
 @every_notebook
@@ -195,7 +147,7 @@ def break_raises_by_comment(nb):
 
 
 def break_length(nb):
-    nb.cells[1].source = "\n".join(["import math"] * (MAX_LINES + 1))
+    nb.cells[1].source = "\n".join(["import math"] * (guard.MAX_LINES + 1))
 
 
 def break_address(nb):

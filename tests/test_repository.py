@@ -122,7 +122,7 @@ def test_commands_in_pages_exist(path):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for target in re.findall(r"\bmake ([a-z]+)", code):
         assert target in targets, f"make {target}"
-    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     for command in re.findall(r"python -m mi_utils ([a-z-]+)", code):
         assert command in commands, f"python -m mi_utils {command}"
 

@@ -60,7 +60,10 @@ def test_wandb_gets_the_same_record_when_asked(tmp_path, monkeypatch):
     run = SimpleNamespace(log=lambda results: seen.update(results=results), finish=lambda: seen.update(done=True))
     fake = SimpleNamespace(init=lambda **given: seen.update(given) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    path = runlog.log_run("run", {"seed": 1}, {"effect": 0.5}, directory=tmp_path, tracking="wandb")
+    path = runlog.log_run(
+        "run", {"seed": 1}, {"effect": 0.5}, directory=tmp_path, tracking="wandb", project="my-project"
+    )
+    assert (seen["project"], seen["name"]) == ("my-project", "run")
     assert seen["config"] == {"seed": 1} and seen["results"] == {"effect": 0.5} and seen["done"]
     assert json.loads(path.read_text())["results"] == seen["results"]
 
