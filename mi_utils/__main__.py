@@ -1,4 +1,4 @@
-"""Command line: ``python -m mi_utils doctor | run | evaluate | estimate | runs``."""
+"""Command line: ``python -m mi_utils doctor | run | evaluate | estimate | site | runs``."""
 
 from __future__ import annotations
 
@@ -233,6 +233,24 @@ def _shape_of(model: str) -> Any:
     from mi_utils import compute, models
 
     return compute.ModelShape.from_config(AutoConfig.from_pretrained(models.resolve(model)))
+
+
+@app.command()
+def site(
+    output: Annotated[Path, typer.Option(help="Folder of the site, relative to the repository.")] = Path("build/site"),
+) -> None:
+    """Render the stored notebooks and the texts as a static site; nothing is executed."""
+    from mi_utils.site import build_site
+
+    root = course.find_root() or course.find_root(Path(__file__).parent)
+    try:
+        if root is None:
+            raise ValueError("No notebooks/ folder here or above. Change into the repository first.")
+        target = output if output.is_absolute() else root / output
+        pages = build_site(root, target)
+    except ValueError as error:
+        raise _refuse(error) from error
+    console.print(f"{len(pages)} pages: {pages[0]}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mi_utils import stats
+from mi_utils.figures import CONFIG
 from mi_utils.svg import TITLE_LEFT, draw, nice_step, text_width, ticks
 
 if TYPE_CHECKING:
@@ -42,11 +43,6 @@ MOST_FACETS, MOST_LINES = 16, len(COLOURS)
 LEAST_FOR_INTERVAL = 6  # with fewer prompts in a group an interval says more about the method than about the group
 LEAST_HEIGHT = 180  # of a map in pixels, so that its colour bar can be read
 MIME = "application/vnd.plotly.v1+json"
-# No logo, no button that sends the figure to a host, and only as many buttons as leave room for a title.
-CONFIG = {
-    "displaylogo": False, "showSendToCloud": False,
-    "modeBarButtonsToRemove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
-}  # fmt: skip
 
 
 class Quantity(NamedTuple):
