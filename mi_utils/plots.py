@@ -750,9 +750,9 @@ def _label_sides(places: np.ndarray, names: list[str], shown: list[int]) -> dict
     for i in shown:
         (x, y), wide = places[i].tolist(), text_width(names[i])
         boxes = {
-            "middle right": (x + 5, y - 7, x + 8 + wide, y + 7), "middle left": (x - 8 - wide, y - 7, x - 5, y + 7),
-            "top center": (x - wide / 2, y + 5, x + wide / 2, y + 19),
-            "bottom center": (x - wide / 2, y - 19, x + wide / 2, y - 5),
+            "middle right": (x + 5, y - 6, x + 8 + wide, y + 6), "middle left": (x - 8 - wide, y - 6, x - 5, y + 6),
+            "top center": (x - wide / 2, y + 7, x + wide / 2, y + 19),
+            "bottom center": (x - wide / 2, y - 19, x + wide / 2, y - 7),
         }  # fmt: skip
         free = [side for side, box in boxes.items() if not any(_overlap(box, other) for other in taken)]
         sides[i] = free[0] if free else "middle right"

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import warnings
+from functools import cache
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -48,6 +49,12 @@ class Links(HTMLParser):
             self.steps[values.get("rel", "")] = values["href"]
 
 
+@cache
+def links_of(page: Path) -> Links:
+    return Links(page)
+
+
+@cache
 def figures_stored(source: site.Source) -> int:
     if source.path.suffix != ".ipynb":
         return 0
@@ -73,20 +80,20 @@ def test_pages_ask_nothing_of_other_hosts_and_their_links_lead_somewhere(built, 
     page = built / source.page
     assert outside_requests(page.read_text(encoding="utf-8")) == []
     repository = site.repository_address(ROOT)
-    for href in Links(page).links:
+    for href in links_of(page).links:
         place, _, anchor = href.partition("#")
         if place.startswith(f"{repository}/blob/main/"):
             assert (ROOT / place.removeprefix(f"{repository}/blob/main/")).exists(), href
         elif not re.match(r"[a-z]+:", place):
             aim = page.parent / place if place else page
             assert aim.is_file(), href
-            assert not anchor or unescape(anchor) in Links(aim).ids, href
+            assert not anchor or unescape(anchor) in links_of(aim.resolve()).ids, href
 
 
 def test_next_leads_through_every_page_and_previous_back(built):
     def follow(page: Path, step: str) -> list[Path]:
         seen = [page]
-        while step in (steps := Links(seen[-1]).steps):
+        while step in (steps := links_of(seen[-1]).steps):
             seen.append((seen[-1].parent / steps[step]).resolve())
         return seen
 
