@@ -552,6 +552,8 @@ def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) ->
     class Knob(ipywidgets.VBox):
         def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
             """The widget and, for pages without a kernel, what it shows as it stands."""
+            if "google.colab" in sys.modules:  # which may prefer the still form, and stores widgets itself
+                return super()._repr_mimebundle_(**kwargs)
             set_to = ", ".join(f"{name} = {slider.value:.3g}" for name, slider in sliders.items())
             still = f'<div class="knob"><p>Shown for {escape(set_to)}</p>{picture.value}</div>'
             return super()._repr_mimebundle_(**kwargs) | {"text/html": still}

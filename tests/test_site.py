@@ -106,7 +106,7 @@ def test_next_leads_through_every_page_and_previous_back(built):
 def test_every_figure_and_widget_has_a_form_for_pages_without_script(built, source):
     page = (built / source.page).read_text(encoding="utf-8")
     assert page.count("<noscript><svg") == page.count('class="figure"') == figures_stored(source)
-    assert "VBox(children" not in page and "needs a running kernel.</i>" not in page
+    assert "(children=(" not in page and "needs a running kernel.</i>" not in page
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
