@@ -2,7 +2,7 @@
 
 The site lies as the repository does, so that links lead to the same places::
 
-    index.html                 the README: what this is, and the table of all notebooks
+    index.html                 the README, and a list of all pages
     notebooks/01_….html        each notebook with its stored outputs
     references/….html, benchmarks/RESULTS.html
     assets/                    style sheet and scripts, once for all pages
@@ -74,7 +74,8 @@ def build_site(root: Path, target: Path) -> list[Path]:
     repository = repository_address(root)
     for i, source in enumerate(found):
         before, after = found[i - 1] if i else None, found[i + 1] if i + 1 < len(found) else None
-        _write(source, before, after, root=root, target=target, pages=pages, repository=repository)
+        more = "" if before else _list_of_pages(found[1:])
+        _write(source, before, after, more, root=root, target=target, pages=pages, repository=repository)
     return [target / source.page for source in found]
 
 
@@ -86,9 +87,14 @@ def repository_address(root: Path) -> str:
     return urls["Repository"].rstrip("/")
 
 
+def _list_of_pages(found: list[Source]) -> str:
+    items = (f'<li><a href="{source.page.as_posix()}">{escape(source.title)}</a></li>' for source in found)
+    return f'<h2 id="all-pages">All pages</h2>\n<ul>{"".join(items)}</ul>'
+
+
 def _write(
-    source: Source, before: Source | None, after: Source | None, *, root: Path, target: Path, pages: dict[Path, Path],
-    repository: str,
+    source: Source, before: Source | None, after: Source | None, more: str, *, root: Path, target: Path,
+    pages: dict[Path, Path], repository: str,
 ) -> None:  # fmt: skip
     import nbformat
 
@@ -120,7 +126,7 @@ def _write(
     page = target / source.page
     page.parent.mkdir(parents=True, exist_ok=True)
     html = frame(
-        source.title, body, assets=_relative(Path("assets"), here), top=navigation,
+        source.title, f"{body}\n{more}", assets=_relative(Path("assets"), here), top=navigation,
         bottom=f"<footer>{navigation}</footer>",
     )  # fmt: skip
     page.write_text(html, encoding="utf-8")
