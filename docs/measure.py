@@ -90,9 +90,9 @@ def main(numbers: list[str]) -> None:
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     chosen = [path for path in notebooks if not numbers or path.name[:2] in numbers]
     outputs = run_path(str(ROOT / "docs" / "outputs.py"))
-    machine = (
-        f"{os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    )
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    machine = f"{os.cpu_count()} CPU cores, {threads} threads, {system}"
     for notebook in chosen:
         costs = measured() | {notebook.stem: run(notebook)}
         there = {path.stem: costs[path.stem] for path in notebooks if path.stem in costs}
