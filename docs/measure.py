@@ -94,7 +94,8 @@ def main(numbers: list[str]) -> None:
     system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     machine = f"{os.cpu_count()} CPU cores, {threads} threads, {system}"
     for notebook in chosen:
-        costs = measured() | {notebook.stem: run(notebook)}
+        cost = run(notebook)
+        costs = measured() | {notebook.stem: cost}
         there = {path.stem: costs[path.stem] for path in notebooks if path.stem in costs}
         MEASURED.write_text(json.dumps({"machine": machine, "notebooks": there}, indent=1) + "\n", encoding="utf-8")
         outputs["drop_progress"](notebook)

@@ -556,7 +556,8 @@ def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) ->
                 return super()._repr_mimebundle_(**kwargs)
             set_to = ", ".join(f"{name} = {slider.value:.3g}" for name, slider in sliders.items())
             still = f'<div class="knob"><p>Shown for {escape(set_to)}</p>{picture.value}</div>'
-            return super()._repr_mimebundle_(**kwargs) | {"text/html": still}
+            forms = {"text/plain": f"Knob at {set_to}", "text/html": still}
+            return super()._repr_mimebundle_(**kwargs) | forms
 
     if not ranges:
         raise ValueError("Nothing to turn: give a range for each argument, layer=(0, 3).")
