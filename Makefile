@@ -7,7 +7,7 @@ SEEDS := 0 1 2
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test lab outputs train saes bench
+.PHONY: run test lab outputs site train saes bench
 
 run: $(STAMP)
 	$(BIN)/python -m mi_utils run
@@ -23,11 +23,14 @@ test: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=.
 
-# Run the notebooks from fresh kernels, top to bottom, and store what they print and draw, progress bars aside.
+# Run the notebooks from fresh kernels, top to bottom, and store what they print and draw, progress bars aside, and the
+# time and memory that they took.
 outputs: $(STAMP)
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 notebooks/*.ipynb
-	$(BIN)/nbstripout --keep-output --keep-count notebooks/*.ipynb
-	$(BIN)/python docs/outputs.py
+	$(BIN)/python docs/measure.py
+
+# A static site of the stored notebooks, the references and the benchmark results, in build/site.
+site: $(STAMP)
+	$(BIN)/python -m mi_utils site
 
 train: $(STAMP)
 	$(BIN)/python -m mi_utils.smallworld.train --seed $(SEEDS)

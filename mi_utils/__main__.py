@@ -1,4 +1,4 @@
-"""Command line: ``python -m mi_utils doctor | run | evaluate | features | estimate | new-project | runs``."""
+"""Command line: ``python -m mi_utils doctor | run | evaluate | features | estimate | new-project | site | runs``."""
 
 from __future__ import annotations
 
@@ -293,6 +293,24 @@ def _ask_for_missing(directory: Path, answers: dict[str, Any]) -> dict[str, Any]
     open_questions = {name: text for name, text in texts.items() if answers[name] is None and name not in recorded}
     asked = {name: typer.prompt(text, default=default) for name, (text, default) in open_questions.items()}
     return {name: answer for name, answer in asked.items() if answer}
+
+
+@app.command()
+def site(
+    output: Annotated[Path, typer.Option(help="Folder of the site, relative to the repository.")] = Path("build/site"),
+) -> None:
+    """Render the stored notebooks and the texts as a static site; nothing is executed."""
+    from mi_utils.site import build_site
+
+    root = course.find_root() or course.find_root(Path(__file__).parent)
+    try:
+        if root is None:
+            raise ValueError("No notebooks/ folder here or above. Change into the repository first.")
+        target = output if output.is_absolute() else root / output
+        pages = build_site(root, target)
+    except ValueError as error:
+        raise _refuse(error) from error
+    console.print(f"{len(pages)} pages: {pages[0]}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -1,8 +1,8 @@
-"""Executed notebooks and their index as HTML pages that ask nothing of any other host.
+"""Executed notebooks, Markdown texts and the index of runs as HTML pages that ask nothing of any other host.
 
 nbconvert's own page loads require.js, MathJax, mermaid and widgets from outside. Here plotly's script comes
-from the installed package, formulas become MathML, which browsers draw themselves, widgets fall back to their
-text, and images of other hosts (badges) to their alternative text.
+from the installed package and lies once beside the pages, formulas become MathML, which browsers draw themselves,
+widgets fall back to what they show at rest, and images of other hosts (badges) to their alternative text.
 """
 
 from __future__ import annotations
@@ -10,99 +10,127 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+
+from mi_utils.figures import ASSETS, drawing_script, figure_html, plotly_script
+from mi_utils.figures import STYLE as FIGURE_STYLE
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
     from mi_utils.course import RunState
 
-_PAGE_TEMPLATE = """
-{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}
-{% if resources.plotly_js %}<script>{{ resources.plotly_js }}</script>{% endif %}
-<style>nav.course { font-family: sans-serif; padding: 0.7em 1em; } nav.course a { margin-right: 1.5em; }
-.jp-Notebook { max-width: 1100px; margin: 0 auto; }</style>
-{%- endblock html_head_js -%}
-{%- block jupyter_widgets -%}{%- endblock jupyter_widgets -%}
-{%- block html_head_js_mathjax -%}{%- endblock html_head_js_mathjax -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock html_head_js_mermaidjs -%}
-{%- block body_header -%}
-{{ super() }}
-<nav class="course"><a href="{{ resources.index_href }}">All notebooks</a></nav>
-{%- endblock body_header -%}
-"""
-
 _PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 _OUTSIDE_IMAGE = re.compile(r'<img\b[^>]*\bsrc="(?:https?:)?//[^"]*"[^>]*>')
 
+Link = Callable[[str], str]  # from a link as it is written to the link on the page
+
 
 def write_page(executed: Path, *, title: str, source_folder: Path, index: Path) -> Path:
-    """Render an executed notebook as one HTML file beside it.
+    """Render an executed notebook as an HTML file beside it.
 
     Args:
         executed: the executed notebook.
         title: the page's title.
         source_folder: folder of the notebook that was executed; its local images are embedded.
-        index: the index page to link to.
+        index: the index page to link to; scripts and styles lie in ``assets/`` beside it.
 
     Returns:
         The page.
     """
     import nbformat
-    from jinja2 import DictLoader
 
     nb = nbformat.read(executed, as_version=4)
-    plotly_js = ""
-    if _draw_figures(nb):
-        from plotly.offline import get_plotlyjs
-
-        plotly_js = get_plotlyjs()
-    resources = {
-        "metadata": {"name": title, "path": str(source_folder)},
-        "plotly_js": plotly_js,
-        "index_href": Path(os.path.relpath(index, executed.parent)).as_posix(),
-    }
-    exporter = _page_exporter()(
-        extra_loaders=[DictLoader({"course.html.j2": _PAGE_TEMPLATE})],
-        template_file="course.html.j2",
+    body = notebook_html(
+        nb, folder=source_folder, link=lambda href: re.sub(r"^(?:\./)?([\w.-]+)\.ipynb", r"\1.html", href)
     )
-    html, _ = exporter.from_notebook_node(nb, resources=resources)
+    write_assets(index.parent)
     page = executed.with_suffix(".html")
+    to_index = Path(os.path.relpath(index, executed.parent))
+    navigation = f'<nav><a href="{to_index.as_posix()}">All notebooks</a></nav>'
+    html = frame(title, body, assets=(to_index.parent / "assets").as_posix(), top=navigation)
     page.write_text(html, encoding="utf-8")
     return page
 
 
-def _draw_figures(nb: NotebookNode) -> int:
-    """Turn plotly figures into HTML and drop widgets' views, in place. Returns the number of figures."""
-    from plotly.io import to_html
+def frame(title: str, body: str, *, assets: str, top: str = "", bottom: str = "") -> str:
+    """A whole page round a body.
 
+    Args:
+        assets: how to reach the folder that :func:`write_assets` filled.
+        top, bottom: HTML before and behind the body.
+    """
+    scripts = ""
+    if 'class="figure"' in body:
+        scripts = f'<script src="{assets}/plotly.min.js"></script>\n<script src="{assets}/figures.js"></script>\n'
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><link rel="stylesheet" href="{assets}/pages.css">'
+        f"<title>{escape(title)}</title></head>\n<body>\n{top}\n<main>\n{body}\n</main>\n{bottom}\n"
+        f"{scripts}</body></html>\n"
+    )
+
+
+def write_assets(folder: Path) -> None:
+    """Write what all pages share into ``assets/`` of a folder: the style sheet, plotly's script and ours."""
+    from pygments.formatters import HtmlFormatter
+
+    light, dark = (
+        HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
+        for style in ("default", "github-dark")
+    )
+    style = (ASSETS / "pages.css").read_text(encoding="utf-8") + FIGURE_STYLE
+    files = {
+        "pages.css": f"{style}{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n",
+        "figures.js": drawing_script(),
+        "plotly.min.js": plotly_script(),
+    }
+    (folder / "assets").mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / "assets" / name).write_text(text, encoding="utf-8")
+
+
+def notebook_html(nb: NotebookNode, *, folder: Path, link: Link) -> str:
+    """The cells of a notebook with their outputs, as the body of a page. The notebook's outputs are changed.
+
+    Args:
+        folder: where the notebook's local images are.
+        link: where its links lead on the page.
+    """
+    _draw_outputs(nb)
+    exporter = _page_exporter(link)(template_file="basic/index.html.j2", exclude_output_prompt=True)
+    html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"path": str(folder)}})
+    return html
+
+
+def markdown_html(text: str, *, folder: Path, link: Link) -> str:
+    """A Markdown text as the body of a page; arguments as in :func:`notebook_html`."""
+    from nbformat.v4 import new_markdown_cell, new_notebook
+
+    return notebook_html(new_notebook(cells=[new_markdown_cell(text)]), folder=folder, link=link)
+
+
+def _draw_outputs(nb: NotebookNode) -> None:
+    """Turn plotly figures into HTML and widgets into what they show at rest, in place."""
     count = 0
     for cell in nb.cells:
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
-            data.pop(_WIDGET_MIME, None)
+            if data.pop(_WIDGET_MIME, None) is not None and "text/html" not in data:
+                data["text/html"] = "<p><i>A widget, which needs a running kernel.</i></p>"
             figure = data.pop(_PLOTLY_MIME, None)
-            if figure is None:
-                continue
-            count += 1
-            data["text/html"] = to_html(
-                {"data": figure["data"], "layout": figure.get("layout", {})},
-                config={"displaylogo": False, "responsive": True},
-                include_plotlyjs=False,
-                full_html=False,
-                validate=False,
-                div_id=f"figure-{count}",
-            )
-    return count
+            if figure is not None:
+                count += 1
+                data["text/html"] = figure_html(figure, count)
 
 
-def _page_exporter() -> type:
+def _page_exporter(link: Link) -> type:
     from jinja2 import pass_context
     from latex2mathml.converter import convert
     from nbconvert import HTMLExporter
@@ -119,7 +147,7 @@ def _page_exporter() -> type:
             return mathml(text, "inline")
 
         def block_math(self, text: str) -> str:
-            return f"<p>{mathml(text, 'block')}</p>"
+            return f'<p class="formula">{mathml(text, "block")}</p>'
 
         def latex_environment(self, name: str, body: str) -> str:
             return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
@@ -136,7 +164,7 @@ def _page_exporter() -> type:
                 anchor_link_text=self.anchor_link_text,
             )
             html = _OUTSIDE_IMAGE.sub(_alternative_text, MarkdownWithMath(renderer=renderer).render(source))
-            return re.sub(r'href="(?:\./)?([\w.-]+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', html)
+            return re.sub(r'(<a\b[^>]*?\bhref=")([^"]*)"', lambda found: f'{found[1]}{link(found[2])}"', html)
 
     return PageExporter
 

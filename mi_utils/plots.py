@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mi_utils import stats
-from mi_utils.svg import draw, nice_step, text_width, ticks
+from mi_utils.figures import CONFIG
+from mi_utils.svg import TITLE_LEFT, draw, nice_step, text_width, ticks
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -39,6 +40,7 @@ DIVERGING = ["#67001f", "#b2182b", "#d6604d", "#f4a582", "#fddbc7", "#f7f7f7",
 SEQUENTIAL = ["#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b"]
 
 MOST_FACETS, MOST_LINES = 16, len(COLOURS)
+LEAST_FOR_INTERVAL = 6  # with fewer prompts in a group an interval says more about the method than about the group
 LEAST_HEIGHT = 180  # of a map in pixels, so that its colour bar can be read
 MIME = "application/vnd.plotly.v1+json"
 
@@ -66,6 +68,7 @@ QUANTITIES = {
     "kl": Quantity("KL divergence (nats)"),
     "bias": Quantity("bias (nats)"),
     "probability": Quantity("probability", limit=1.0),
+    "necessity": Quantity("necessity (0 = nothing lost, 1 = the whole gap)", short="necessity"),
     "accuracy": Quantity("accuracy (share of test examples)", limit=1.0, short="accuracy"),
     "selectivity": Quantity("selectivity (difference of accuracies)"),
     "erasure": Quantity("logit difference after erasure (logits)", diverging=True),
@@ -95,7 +98,7 @@ def setup() -> None:
 
     class StoredRenderer(MimetypeRenderer):
         def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
-            bundle: dict[str, Any] = {MIME: fig_dict | {"config": {"displaylogo": False}}}
+            bundle: dict[str, Any] = {MIME: fig_dict | {"config": CONFIG}}
             picture = draw(fig_dict)
             return bundle if picture is None else bundle | {"image/svg+xml": picture}
 
@@ -131,25 +134,22 @@ def heatmap(
     quantity = _quantity(result)
     rows, columns = (_labels(data, dim) for dim in data.dims)
     values = np.asarray(data, dtype=float)
-    texts = None
+    written: dict[str, Any] = {}
     if values.shape[1] <= 16 and values.size <= 200:
-        # Adding 0 turns -0.00 into 0.00.
-        texts = [[f"{round(value, 2) + 0:.2f}".replace("-", "\u2212") for value in line] for line in values.tolist()]
+        written = {"texttemplate": "%{z:.2f}"}  # from the number itself: no text that may round otherwise elsewhere
     if words is not None:
         room = max(3, int(640 / 7 / len(columns)))  # letters that fit into a cell at the width of a notebook
         texts = [
             [_shorten(word.strip() or repr(word), room) for word in line]
             for line in words.transpose(*data.dims).values.tolist()
         ]
+        written = {"text": texts, "texttemplate": "%{text}"}
     layout = _layout(
         title or _upper(quantity.name), _subtitle(result), height=24 * len(rows),
         x=_tick_axis(data.dims[1], columns, turn=_crowded(columns)), y=_tick_axis(data.dims[0], rows),
         coloraxis=_colour_axis(values, quantity, limit, 24 * len(rows)),
     )  # fmt: skip
-    trace = _heat_trace(values, rows, columns, data.dims, quantity) | {"text": texts, "texttemplate": "%{text}"}
-    if texts is None:
-        del trace["text"], trace["texttemplate"]
-    return _figure([trace], layout)
+    return _figure([_heat_trace(values, rows, columns, data.dims, quantity) | written], layout)
 
 
 def attention(
@@ -248,7 +248,7 @@ def bars(result: xr.DataArray | xr.Dataset, title: str | None = None, *, top: in
         order = np.argsort(-np.abs(np.asarray(data)), kind="stable")[:top]
         summary = {name: part.isel({data.dims[0]: order}) for name, part in summary.items()}
         data = summary["mean"]
-    names = _labels(data, data.dims[0])
+    names = _labels(data, data.dims[0], most=44)
     values = np.asarray(data, dtype=float)
     trace: dict[str, Any] = {
         "type": "bar", "orientation": "h", "x": _rounded(values), "y": list(range(len(names))), "customdata": names,
@@ -275,12 +275,19 @@ def distribution(
     values: xr.DataArray | Mapping[str, ArrayLike],
     by: str | Sequence[Any] | None = None,
     title: str | None = None,
+    *,
+    label: str | None = None,
+    point: str = "a prompt",
 ) -> go.Figure:
     """One value a prompt as a point each; the diamond is the group's mean with its 95 % bootstrap interval.
+
+    A group of fewer than 6 gets no interval.
 
     Args:
         values: over ``prompt``; or several such under their names.
         by: a coordinate of the prompts ("template"), or one label a prompt, to group them.
+        label: title of the value axis, for values that do not name themselves.
+        point: what a point is, where it is not a prompt.
 
     Raises:
         ValueError: more than one value a prompt, or labels that do not match the values.
@@ -290,7 +297,7 @@ def distribution(
         groups = {str(name): np.asarray(part, dtype=float) for name, part in values.items()}
         labelled = [part for part in values.values() if hasattr(part, "dims")]
         if labelled:
-            quantity, subtitle = _quantity(labelled[0]), _subtitle(labelled[0])
+            quantity, subtitle = _quantity(labelled[0]), _subtitle(_in_common(labelled))
     else:
         numbers = np.asarray(values, dtype=float)
         if hasattr(values, "dims"):
@@ -301,12 +308,13 @@ def distribution(
         if len(labels) != len(numbers):
             raise ValueError(f"{len(numbers)} values but {len(labels)} labels in by: give one label a value.")
         groups = {str(name): numbers[labels == name] for name in dict.fromkeys(labels.tolist())}
+    quantity = quantity if label is None else Quantity(label)
     if wrong := [name for name, part in groups.items() if part.ndim != 1 or not len(part)]:
         raise ValueError(f"{wrong[0]}: a distribution shows one value a prompt. Choose a cell with .sel(...) first.")
 
     names = list(groups)
     points = {
-        "type": "scatter", "mode": "markers", "name": "a prompt", "showlegend": True,
+        "type": "scatter", "mode": "markers", "name": escape(point), "showlegend": True,
         "x": _rounded(np.concatenate(list(groups.values()))),
         # Points of a row lie apart by the golden ratio: spread evenly, and the same every time.
         "y": [round(row + 0.5 * ((i * 0.618034) % 1 - 0.5), 4) for row, part in enumerate(groups.values())
@@ -315,7 +323,7 @@ def distribution(
         "hovertemplate": "%{x:.3f}<extra></extra>",
     }  # fmt: skip
     estimates = [
-        stats.bootstrap_interval(part) if len(part) > 1 and set(part.tolist()) != {0.0, 1.0} else None
+        stats.bootstrap_interval(part) if len(part) >= LEAST_FOR_INTERVAL and set(part.tolist()) != {0.0, 1.0} else None
         for part in groups.values()
     ]
     means = np.array([part.mean() for part in groups.values()])
@@ -370,7 +378,8 @@ def lines(
             series[name] = ends
             continue
         for i, entry in enumerate(_labels(ends["mean"], others[0])):
-            key = f"{name} {others[0]} {entry}".strip()
+            # "layer 3" and "head 3", but "tuned lens" rather than "lens tuned lens"
+            key = f"{name} {entry if entry[:1].isalpha() else f'{others[0]} {entry}'}".strip()
             series[key] = {end: values.isel({others[0]: i}) for end, values in ends.items()}
     if len(series) > MOST_LINES:
         raise ValueError(f"{len(series)} lines cannot be told apart: choose up to {MOST_LINES}, or use heatmap.")
@@ -435,13 +444,16 @@ def scatter(
     shown = np.argsort(-np.hypot(a, b), kind="stable")[:named].tolist()
     axis = _value_axis(np.concatenate([a, b, [0.0]]), x_label)
     ends = axis["range"]
+    unit = np.array([780, 360]) / (ends[1] - ends[0])  # pixels, at the width of a notebook
+    sides = _label_sides(np.stack([a, b], axis=1) * unit, names, shown)
     diagonal = {
         "type": "scatter", "mode": "lines", "x": ends, "y": ends, "showlegend": False, "hoverinfo": "skip",
         "line": {"color": GREY, "width": 1, "dash": "dot"}, "marker": {"color": GREY},
     }  # fmt: skip
     points = {
         "type": "scatter", "mode": "markers+text", "x": _rounded(a), "y": _rounded(b), "showlegend": False,
-        "text": [names[i] if i in shown else "" for i in range(len(names))], "textposition": "middle right",
+        "text": [names[i] if i in shown else "" for i in range(len(names))],
+        "textposition": [sides.get(i, "middle right") for i in range(len(names))],
         "marker": {"color": COLOURS[0], "size": 8, "opacity": 0.7}, "customdata": names,
         "hovertemplate": "%{customdata}: %{x:.3f}, %{y:.3f}<extra></extra>",
     }  # fmt: skip
@@ -537,6 +549,16 @@ def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) ->
     """
     import ipywidgets
 
+    class Knob(ipywidgets.VBox):
+        def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+            """The widget and, for pages without a kernel, what it shows as it stands."""
+            if "google.colab" in sys.modules:  # which may prefer the still form, and stores widgets itself
+                return super()._repr_mimebundle_(**kwargs)
+            set_to = ", ".join(f"{name} = {slider.value:.3g}" for name, slider in sliders.items())
+            still = f'<div class="knob"><p>Shown for {escape(set_to)}</p>{picture.value}</div>'
+            forms = {"text/plain": f"Knob at {set_to}", "text/html": still}
+            return super()._repr_mimebundle_(**kwargs) | forms
+
     if not ranges:
         raise ValueError("Nothing to turn: give a range for each argument, layer=(0, 3).")
     common = {"continuous_update": False}
@@ -558,7 +580,7 @@ def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) ->
     for slider in sliders.values():
         slider.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([*sliders.values(), picture])
+    return Knob([*sliders.values(), picture])
 
 
 # ------------------------------------------------------------------------------------------------ reading results
@@ -590,13 +612,20 @@ def _quantity(result: xr.DataArray | xr.Dataset) -> Quantity:
     return Quantity(label, diverging=not hasattr(values, "data_vars") and bool((values < 0).any()))
 
 
-def _labels(result: xr.DataArray, dim: str) -> list[str]:
+def _in_common(results: Sequence[xr.DataArray]) -> xr.DataArray:
+    """The first result, with only those attributes that all have."""
+    first, *others = results
+    same = {k: v for k, v in first.attrs.items() if all(np.array_equal(other.attrs.get(k), v) for other in others)}
+    return first.drop_attrs().assign_attrs(same)
+
+
+def _labels(result: xr.DataArray, dim: str, most: int = 24) -> list[str]:
     """Labels along a dimension: the coordinate that names its entries (token, layer_label), or its own values."""
     for name, coord in result.coords.items():
         if name != dim and coord.dims == (dim,) and str(name).endswith(("token", "label")):
-            return [_shorten(str(value)) for value in coord.values]
+            return [_shorten(str(value), most) for value in coord.values]
     values = result[dim].values if dim in result.coords else np.arange(result.sizes[dim])
-    return [_shorten(str(value)) for value in values]
+    return [_shorten(str(value), most) for value in values]
 
 
 def _cells(result: xr.DataArray) -> str:
@@ -631,7 +660,8 @@ def _subtitle(result: Any, extra: str = "") -> str:
     n = attrs.get("n") if hasattr(result, "data_vars") and "mean" in result else result.sizes.get("prompt")
     if n:
         each = result.sizes.get("prompt") and len(result.dims) == 1
-        parts.append(f"{n} prompts" if each else f"mean over {n} prompts")
+        prompts = f"{n} prompt" if n == 1 else f"{n} prompts"
+        parts.append(prompts if each or n == 1 else f"mean over {prompts}")
     return escape(" · ".join(str(part) for part in [*parts, extra] if part), quote=False)
 
 
@@ -714,6 +744,32 @@ def _value_axis(values: np.ndarray, title: str) -> dict[str, Any]:
     return {"title": {"text": title}, "range": ends, "dtick": nice_step(ends[1] - ends[0]), "showgrid": True}
 
 
+def _label_sides(places: np.ndarray, names: list[str], shown: list[int]) -> dict[int, str]:
+    """The side of each named point on which its name covers no other point and no other name, right if none does.
+
+    Args:
+        places: (points, 2), in pixels, upwards.
+        shown: the points to name, the most important first.
+    """
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.tolist()]
+    sides = {}
+    for i in shown:
+        (x, y), wide = places[i].tolist(), text_width(names[i])
+        boxes = {
+            "middle right": (x + 5, y - 6, x + 8 + wide, y + 6), "middle left": (x - 8 - wide, y - 6, x - 5, y + 6),
+            "top center": (x - wide / 2, y + 7, x + wide / 2, y + 19),
+            "bottom center": (x - wide / 2, y - 19, x + wide / 2, y - 7),
+        }  # fmt: skip
+        free = [side for side, box in boxes.items() if not any(_overlap(box, other) for other in taken)]
+        sides[i] = free[0] if free else "middle right"
+        taken.append(boxes[sides[i]])
+    return sides
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def _error_bars(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
     return {
         "type": "data", "symmetric": False, "array": _rounded(np.maximum(high - values, 0)),
@@ -745,7 +801,8 @@ def _layout(
         "meta": {"mi_utils": 1},
         "title": {
             "text": escape(title, quote=False), "subtitle": {"text": subtitle, "font": {"size": 12}}, "x": 0,
-            "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12},
+            "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top",
+            "pad": {"t": 12, "l": TITLE_LEFT},
             "font": {"size": 16},
         },
         "height": height + margin["t"] + margin["b"], "margin": margin, "xaxis": x, "yaxis": y,

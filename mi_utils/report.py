@@ -11,6 +11,8 @@ from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mi_utils.figures import STYLE as FIGURE_STYLE
+from mi_utils.figures import drawing_script, figure_html, plotly_script
 from mi_utils.study import KINDS
 from mi_utils.svg import draw
 
@@ -230,28 +232,6 @@ figure { margin: 1.5rem 0; } figcaption { color: var(--soft); font-size: 0.9rem;
 @media print { body { max-width: none; } figure { break-inside: avoid; } }
 """
 
-# Figures are drawn for white paper; on a dark page their ink and paper follow the page's.
-_SCRIPT = """
-const dark = matchMedia('(prefers-color-scheme: dark)');
-function tint() {
-  const style = getComputedStyle(document.documentElement), tone = name => style.getPropertyValue(name).trim();
-  for (const figure of document.querySelectorAll('.js-plotly-plot')) {
-    const change = {'paper_bgcolor': tone('--paper'), 'plot_bgcolor': tone('--paper'), 'font.color': tone('--ink')};
-    for (const axis of Object.keys(figure.layout).filter(key => /^[xy]axis/.test(key)))
-      change[axis + '.gridcolor'] = tone('--line');
-    Plotly.relayout(figure, change);
-    figure.data.forEach((trace, i) => {
-      const restyle = {};
-      for (const bar of ['error_x', 'error_y']) if (trace[bar]) restyle[bar + '.color'] = tone('--soft');
-      if (trace.marker && trace.marker.symbol === 'diamond') restyle['marker.color'] = tone('--ink');
-      if (Object.keys(restyle).length && dark.matches) Plotly.restyle(figure, restyle, [i]);
-    });
-  }
-}
-if (dark.matches) tint();
-dark.addEventListener('change', () => location.reload());
-"""
-
 
 def to_html(title: str, parts: Sequence[Part]) -> str:
     """The report as one page. Plotly's script stands in it once, from the installed package."""
@@ -263,19 +243,18 @@ def to_html(title: str, parts: Sequence[Part]) -> str:
         elif isinstance(part, Paragraph):
             body.append(_paragraph(part))
         elif isinstance(part, Figure):
-            body.append(f"<figure>{_plot(part)}<figcaption>{escape(part.caption)}</figcaption></figure>")
+            drawing = figure_html(part.figure, part.number)
+            body.append(f"<figure>{drawing}<figcaption>{escape(part.caption)}</figcaption></figure>")
         else:
             body.append(_table(part))
     script = ""
     if drawn:
-        from plotly.offline import get_plotlyjs
-
-        script = f"<script>{get_plotlyjs()}</script>"
-        body.append(f"<script>{_SCRIPT}</script>")
+        script = f"<script>{plotly_script()}</script>"
+        body.append(f"<script>{drawing_script()}</script>")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style>{script}</head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<style>{_STYLE}{FIGURE_STYLE}</style>{script}</head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
@@ -296,12 +275,3 @@ def _table(table: Table) -> str:
 def _cell(text: str) -> str:
     kind = _COLOURS.get(text) or ("number" if re.fullmatch(r"[<>=]* ?-?[\d.e+-]+( \[.*\])?", text) else "")
     return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
-
-
-def _plot(part: Figure) -> str:
-    from plotly.io import to_html as plotly_html
-
-    return plotly_html(
-        dict(part.figure), config={"displaylogo": False, "responsive": True}, include_plotlyjs=False,
-        full_html=False, validate=False, div_id=f"figure-{part.number}",
-    )  # fmt: skip

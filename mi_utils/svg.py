@@ -13,6 +13,7 @@ from html import escape, unescape
 from typing import Any
 
 WIDTH = 860
+TITLE_LEFT = 12  # pixels before title and subtitle
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 INK, GRID = "#24292f", "#e3e6ea"
 
@@ -82,8 +83,8 @@ class _Picture:
         )
         yield f"<title>{_plain(self.layout['title']['text'])}</title>"
         yield f'<rect width="{WIDTH}" height="{self.height}" fill="#ffffff"/>'
-        yield _text(self.left, 26, self.layout["title"]["text"], size=16)
-        yield _text(self.left, 45, self.layout["title"]["subtitle"]["text"], fill="#57606a")
+        yield _text(TITLE_LEFT, 26, self.layout["title"]["text"], size=16)
+        yield _text(TITLE_LEFT, 45, self.layout["title"]["subtitle"]["text"], fill="#57606a")
         frames = dict.fromkeys((trace.get("xaxis", "x"), trace.get("yaxis", "y")) for trace in self.traces)
         for x, y in frames:
             yield from self._grid(x, y)
@@ -193,7 +194,7 @@ class _Picture:
     def _heatmap(self, trace: Mapping[str, Any]) -> Iterator[str]:
         x, y = trace.get("xaxis", "x"), trace.get("yaxis", "y")
         axis = self.layout["coloraxis"]
-        texts = trace.get("text")
+        texts, template = trace.get("text"), trace.get("texttemplate")
         for row, (at_y, line) in enumerate(zip(trace["y"], trace["z"], strict=True)):
             for column, (at_x, value) in enumerate(zip(trace["x"], line, strict=True)):
                 if value is None:
@@ -206,10 +207,12 @@ class _Picture:
                     f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.5):.1f}" '
                     f'height="{max(bottom - top - 1, 0.5):.1f}" fill="{fill}"/>'
                 )
-                if texts:
+                if template:
+                    # Adding 0 turns -0.00 into 0.00.
+                    words = texts[row][column] if texts else f"{round(value, 2) + 0:.2f}".replace("-", "\u2212")
                     ink = "#ffffff" if is_dark(fill) else INK
                     middle = (left + right) / 2, (top + bottom) / 2 + 4
-                    yield _text(*middle, texts[row][column], anchor="middle", size=11, fill=ink)
+                    yield _text(*middle, words, anchor="middle", size=11, fill=ink)
 
     def _bar(self, trace: Mapping[str, Any]) -> Iterator[str]:
         for i, (value, at) in enumerate(zip(trace["x"], trace["y"], strict=True)):
@@ -241,7 +244,8 @@ class _Picture:
                 yield from self._error(trace, name, i, trace["x"][i], trace["y"][i])
             yield _marker(trace["marker"], x, y, size, tone, opacity)
             if "text" in trace["mode"] and trace["text"][i]:
-                yield _text(x + size + 4, y + 4, trace["text"][i])
+                sides = trace["textposition"]
+                yield _beside(x, y, size, trace["text"][i], sides if isinstance(sides, str) else sides[i])
 
     def _error(self, trace: Mapping[str, Any], name: str, i: int, x: float, y: float) -> Iterator[str]:
         error = trace.get(name)
@@ -282,6 +286,15 @@ def _text(
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{fill}" '
         f'xml:space="preserve"{rotate}>{_plain(text)}</text>'
     )
+
+
+def _beside(x: float, y: float, size: float, text: str, side: str) -> str:
+    """The name of a point, at the side where plotly would put it."""
+    if side == "middle left":
+        return _text(x - size - 4, y + 4, text, anchor="end")
+    if side == "middle right":
+        return _text(x + size + 4, y + 4, text)
+    return _text(x, y - size - 4 if side == "top center" else y + size + 13, text, anchor="middle")
 
 
 def _line(x0: float, y0: float, x1: float, y1: float, tone: str, *, width: float = 1, dash: str | None = None) -> str:

@@ -349,7 +349,7 @@ def test_pages_stand_alone_and_show_figures_and_formulas(notebooks):
     assert result.status == "done", result.message
     page = plan.state.executed("01_first").with_suffix(".html").read_text()
     assert outside_requests(page) == []
-    assert 'id="figure-1"' in page and "Plotly.newPlot" in page and "L0H1" in page
+    assert 'id="figure-1"' in page and "L0H1" in page and 'src="../../../assets/plotly.min.js"' in page
     assert page.count("<math") >= 2 and "<mfrac>" in page
     assert ">Open in Colab</a>" in page and 'href="02_second.html"' in page
     assert 'href="../../../index.html"' in page

@@ -151,6 +151,13 @@ def test_tokens_stand_on_the_axis_each_for_itself(effect):
     assert "0 <|endoftext|>" in texts(plots.heatmap(effect))
 
 
+def test_numbers_in_cells_come_from_the_values_themselves(effect):
+    trace = plots.heatmap(effect).data[0]
+    assert trace.text is None and trace.texttemplate == "%{z:.2f}"  # a rounded text could differ between machines
+    tiny = xr.DataArray([[-0.001, -0.126]], dims=("layer", "head"), name="effect")
+    assert {"0.00", "\u22120.13"} <= set(texts(plots.heatmap(tiny)))
+
+
 def test_scores_and_probabilities_keep_one_colour(effect):
     scores = xr.Dataset({"prefix_matching": (("layer", "head"), np.full((2, 2), 0.25))})["prefix_matching"]
     axis = plots.heatmap(scores).layout.coloraxis
@@ -201,6 +208,13 @@ def test_the_largest_bars_come_first(parts):
     assert low > high  # the first at the top
 
 
+def test_lines_carry_the_dimension_only_where_the_entry_does_not_name_itself():
+    lenses = xr.DataArray(np.eye(2), dims=("lens", "layer"), coords={"lens": ["logit lens", "tuned lens"]}, name="kl")
+    assert [trace.name for trace in plots.lines(lenses).data] == ["logit lens", "tuned lens"]
+    heads = xr.DataArray(np.eye(2), dims=("head", "layer"), name="kl")
+    assert [trace.name for trace in plots.lines(heads).data] == ["head 0", "head 1"]
+
+
 def test_lines_one_for_each_entry_and_steps_to_scale(effect):
     figure = plots.lines(effect.sel(pos=[3, 6]))
     assert [trace.name for trace in figure.data] == ["pos 3 John (S1)", "pos 6 to (END)"]
@@ -226,6 +240,16 @@ def test_every_cell_is_a_point_beside_the_diagonal_and_the_largest_are_named(eff
     assert plots.scatter(by_head, by_head, x_label="x", y_label="y").data[1].customdata[-1] == "L2H1"
 
 
+def test_names_of_points_do_not_lie_on_one_another(effect):
+    close = xr.DataArray([[0.5, 0.51, 0.5], [0.5, 0.1, -0.2]], dims=("layer", "head"), name="effect")
+    figure = plots.scatter(close, close, x_label="x", y_label="y")
+    sides = figure.data[1].textposition
+    assert len({sides[i] for i in (0, 1, 2)}) == 3 and sides[5] == "middle right"
+    anchors = {text.get("text-anchor") for text in ET.fromstring(svg.draw(figure.to_dict())).iter(f"{SVG}text")
+               if text.text in ("L0H0", "L0H1", "L0H2")}  # fmt: skip
+    assert len(anchors) > 1
+
+
 # ------------------------------------------------------------------------------------------------ distributions
 
 
@@ -238,6 +262,20 @@ def test_every_prompt_is_a_point_and_every_group_has_its_mean(effect):
     assert centre.x[0] + centre.error_x.array[0] == pytest.approx(interval.high, abs=2e-3)
     figure = plots.distribution({"trained": values, "random weights": np.zeros(5)})
     assert list(figure.layout.yaxis.ticktext) == ["trained (n = 12)", "random weights (n = 5)"]
+
+
+def test_a_handful_of_prompts_gets_no_interval_and_the_axis_says_what_it_is(effect):
+    values = effect.sel(layer=1, pos=3)
+    figure = plots.distribution({"few": values[:4], "more": values}, label="size (logits)", point="a head")
+    points, centre = figure.data
+    assert centre.error_x.array[0] == centre.error_x.arrayminus[0] == 0 < centre.error_x.array[1]
+    assert figure.layout.xaxis.title.text == "size (logits)" and points.name == "a head"
+
+
+def test_a_subtitle_says_only_what_all_groups_share(effect):
+    other = effect.assign_attrs(mode="noising")
+    figure = plots.distribution({"a": effect.sel(layer=1, pos=3), "b": other.sel(layer=1, pos=3)})
+    assert figure.layout.title.subtitle.text == "smallworld \u00b7 resid_pre \u00b7 12 prompts"
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -382,6 +420,14 @@ def test_turning_a_knob_draws_the_figure_anew(patterns):
     assert "head 0.2" in picture.value and "L0H2" in picture.value
     with pytest.raises(ValueError, match="range"):
         plots.knob(show)
+
+
+def test_a_page_without_a_kernel_shows_what_the_knob_shows(patterns):
+    box = plots.knob(lambda layer: plots.attention(patterns, heads=[(layer, 1)]), layer=(0, 1))
+    still = box._repr_mimebundle_()["text/html"]
+    assert "layer = 0" in still and box.children[-1].value in still and "<svg" in still
+    box.children[0].value = 1
+    assert "layer = 1" in box._repr_mimebundle_()["text/html"]
 
 
 def test_a_knob_shows_text_and_takes_fractions():

@@ -133,6 +133,48 @@ def test_the_readme_shows_the_picture_that_the_notebook_stores():
     assert f"]({picture['PICTURE'].relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+# ---------------------------------------------------------------- time and memory
+
+MEASURE = run_path(str(ROOT / "docs" / "measure.py"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_states_the_time_and_memory_that_were_measured(path):
+    cost = MEASURE["measured"]().get(path.stem)
+    assert cost, f"never measured: .venv/bin/python docs/measure.py {path.name[:2]}"
+    try:
+        seconds, gigabytes = MEASURE["stated"](notebook_text(path))
+    except ValueError as error:
+        pytest.fail(str(error))
+    assert 0.5 <= seconds / cost["seconds"] <= 2, f"stated {seconds} s, measured {cost['seconds']} s"
+    assert 0.5 <= gigabytes / cost["gigabytes"] <= 2, f"stated {gigabytes} GB, measured {cost['gigabytes']} GB"
+
+
+def test_the_readme_has_the_measured_costs_of_every_notebook():
+    readme, costs = (ROOT / "README.md").read_text(encoding="utf-8"), MEASURE["measured"]()
+    assert set(costs) == {path.stem for path in NOTEBOOKS}
+    assert MEASURE["with_costs"](readme, costs) == readme, "make outputs writes them"
+    assert len(re.findall(r" \d+ s, \d+\.\d GB \|", readme)) == len(NOTEBOOKS)
+
+
+def test_costs_go_into_rows_with_and_without_their_column():
+    link = "[![Open In Colab](badge)](target)"
+    old, new = (
+        f"| [01 A](notebooks/01_a.ipynb) | What. | {link} |",
+        f"| [01 A](notebooks/01_a.ipynb) | What. | 9 s | {link} |",
+    )
+    for row in (old, new):
+        filled = MEASURE["with_costs"](row, {"01_a": {"seconds": 31, "gigabytes": 0.84}})
+        assert filled == f"| [01 A](notebooks/01_a.ipynb) | What. | 31 s, 0.8 GB | {link} |"
+
+
+def test_what_a_notebook_states_is_read_and_vagueness_refused():
+    assert MEASURE["stated"]("x\n\n**Time.** 40 seconds and 0.9 GB of memory.\n\n7 seconds") == (40, 0.9)
+    for text in ("**Time.** A minute.\n\n40 seconds and 1 GB", "40 seconds and 1 GB", "**Time.** 40 seconds."):
+        with pytest.raises(ValueError, match="state it as"):
+            MEASURE["stated"](text)
+
+
 def test_the_promised_files_are_there():
     names = "README.md LICENSE CLAUDE.md Makefile pyproject.toml requirements.txt environment.yml .ci/run".split()
     for name in [*names, ".github/workflows/test.yml", "references/vocabulary.md"]:
