@@ -221,7 +221,7 @@ def load_large_model(
     on_server = bool(remote) and remote != "local"
     if on_server:
         _check_key(remote)
-        loaded = _load_remote(model, seed)
+        loaded = _load_remote(model, remote, seed)
     elif isinstance(model, str):
         loaded = _load_here(model, device, device_map, dtype, seed)
     else:
@@ -288,17 +288,19 @@ def _wrap(hf_model: Any, tokenizer: Any, name: str, held: str | None, **about: A
     return LargeModel(nn, tokenizer, info, Modules.find(hf_model))
 
 
-def _load_remote(name: Any, seed: int) -> LargeModel:
+def _load_remote(name: Any, remote: bool | str, seed: int) -> LargeModel:
     """Configuration, tokenizer and module tree of a model that stays on the server."""
     if not isinstance(name, str):
         raise ValueError("remote=True runs a model by its hub name; one in memory stays here. Use remote='local'.")
-    path = models.resolve(name)
-    if Path(path).is_dir() or name.startswith("random:"):
+    path = name if name.startswith("random:") else models.resolve(name)
+    here = Path(path).is_dir()
+    if name.startswith("random:") or (here and remote is True):  # a server of one's own may have the same folder
         raise ValueError(
             f"{name!r} lies on this machine, and NDIF runs models of the hub. Give a hub name, or remote='local' to "
             "rehearse the remote run here."
         )
-    models.check_on_hub(name, path)
+    if not here:
+        models.check_on_hub(name, path)
     try:
         nn = _nnsight().TransformersModel(path, task="text-generation", attn_implementation="eager")
     except (OSError, ValueError) as error:
@@ -387,14 +389,16 @@ def _check_parts(model: LargeModel) -> None:
         with torch.no_grad():
             with nn.trace(**inputs):
                 kept = _nnsight().save([])
-                stream = written = read(nn, modules, "resid_pre", 0)
-                wide = 0.0
+                written = read(nn, modules, "resid_pre", 0)
+                heads = 0.0
                 for layer in range(modules["n_layers"]):
                     z = read(nn, modules, "z", layer)
                     attn = read(nn, modules, "attn_out", layer)
                     mlp = read(nn, modules, "mlp_out", layer)
                     written = written.to(attn.device) + attn + mlp.to(attn.device)
-                    wide = max(wide, float(z.float().abs().max()))
+                    if not modules["normed"]:
+                        project = nn.get(f"{modules['blocks']}.{layer}.{modules['projection']}")
+                        heads = max(heads, float((project(z) - attn).abs().max() / attn.abs().max().clamp(min=1e-6)))
                 stream = read(nn, modules, "resid_post", modules["n_layers"] - 1)
                 mask = inputs["attention_mask"].to(stream.device)[..., None]
                 # pads stand for nothing
@@ -402,10 +406,13 @@ def _check_parts(model: LargeModel) -> None:
                 logits = nn.output.logits.float()
                 lens = unembed(nn, modules, stream).float()
                 here = mask.to(logits.device)
-                kept.append((float(apart), float(((lens - logits) * here).abs().max() / logits.abs().max())))
-    (stream_apart, logits_apart) = kept[0]
+                kept.append((float(apart), heads, float(((lens - logits) * here).abs().max() / logits.abs().max())))
+    (stream_apart, heads_apart, logits_apart) = kept[0]
     allowed = 1e-4 if model.mi.dtype == "float32" else 0.05
-    wrong = {"what is written to the stream": stream_apart, "the unembedded stream": logits_apart}
+    wrong = {
+        "what is written to the stream": stream_apart, "what the heads' z gives": heads_apart,
+        "the unembedded stream": logits_apart,
+    }  # fmt: skip
     if bad := {what: apart for what, apart in wrong.items() if not apart <= allowed}:
         what, apart = next(iter(bad.items()))
         raise WrongNumbers(
@@ -456,6 +463,11 @@ def _clear_errors(model: LargeModel | None) -> Iterator[None]:
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
+        if type(error).__name__ == "OutOfOrderError":
+            raise WrongNumbers(
+                f"The model computes its parts in another order than mi_utils/large.py reads them ({error}): block by "
+                "block the heads' z, the attention, the MLP. Trace it by hand with nnsight."
+            ) from error
         if _is_out_of_memory(error):
             name = "the model" if model is None else model.mi.name
             raise OutOfMemory(f"Memory ran out with {name} ({text.splitlines()[0][:200]}). {_SMALLER}") from error
