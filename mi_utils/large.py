@@ -677,6 +677,21 @@ def put(
     return view.reshape(shape), (change > 0).sum(1).cpu(), change.sum(1).cpu()
 
 
+def pick(inputs: dict, rows: Tensor) -> dict:
+    """Some rows of a batch's inputs."""
+    return {name: value[rows] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def places(mask: Tensor, pos: Tensor | None, head: Tensor | None, n_heads: int | None) -> Tensor:
+    """[row, pos, head]: where each row is edited. Real tokens only, and of a row's own position or head if given."""
+    where = mask[..., None].repeat(1, 1, n_heads or 1)
+    if pos is not None:
+        where = where & (torch.arange(mask.shape[1]) == pos[:, None])[..., None]
+    if head is not None:
+        where = where & (torch.arange(n_heads) == head[:, None])[:, None]
+    return where
+
+
 def frozen_norm(nn: Any, modules: dict, stream: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Of norm(x) = weight · (x - mean x, if centred) / scale + bias at this stream: weight / scale [prompt, d_model],
     bias, and whether it is centred. Which of the kinds of normalisation it is, is found by trying."""
@@ -883,18 +898,18 @@ def _patched(
     """Answers [row, 3], elements changed [row] and sum of changes [row] of every pass, in one session."""
     nn, modules, remote = model.nn, asdict(model.modules), model.remote
     n_layers, n_heads = modules["n_layers"], modules["n_heads"] if site == "z" else None
-    source_inputs = other.inputs(last=True)
-    jobs = []
+    source_inputs, base_inputs = other.inputs(last=True), base.inputs(last=True)
+    jobs = []  # index vectors only: what they pick is picked where the model is
     for chunk in chunks:
         prompts = torch.from_numpy(chunk.rows[:, 0] - first)
         edits = {}
         for layer in range(int(chunk.layers[0]), n_layers):
             rows = np.flatnonzero(chunk.layers == layer if "layer" in over else chunk.layers <= layer)
             if len(rows):
-                where = _where(chunk, rows, over, base.mask[prompts[rows]], n_heads or 1)
-                edits[layer] = (torch.from_numpy(rows), prompts[rows], where)
-        jobs.append((base[prompts].inputs(last=True), columns[prompts], edits))
-    layers = sorted({layer for _, _, edits in jobs for layer in edits})
+                at = {axis: torch.from_numpy(chunk.rows[rows, 1 + over.index(axis)]) for axis in over}
+                edits[layer] = (torch.from_numpy(rows), at.get("pos"), at.get("head"))
+        jobs.append((prompts, edits))
+    layers = sorted({layer for _, edits in jobs for layer in edits})
     update = bar.update if not remote else None  # a bar does not travel
     with _clear_errors(model), _shipped(model):
         with nn.session(remote=remote):
@@ -904,34 +919,23 @@ def _patched(
                 with nn.trace(**source_inputs):
                     for layer in layers:
                         source[layer] = read(nn, modules, site, layer)
-                for inputs, wanted, edits in jobs:
+                for prompts, edits in jobs:
+                    inputs = pick(base_inputs, prompts)
+                    n_rows = len(prompts)
                     with nn.trace(**inputs):
-                        n_rows = len(inputs["input_ids"])
                         elements, change = torch.zeros(n_rows, dtype=torch.long), torch.zeros(n_rows)
-                        for layer, (rows, prompts, where) in edits.items():
+                        for layer, (rows, pos, head) in edits.items():
+                            where = places(inputs["attention_mask"][rows].bool(), pos, head, n_heads)
                             new, touched, moved = put(
-                                read(nn, modules, site, layer), source[layer], rows, prompts, where, n_heads
+                                read(nn, modules, site, layer), source[layer], rows, prompts[rows], where, n_heads
                             )
                             write(nn, modules, site, layer, new)
                             elements[rows] += touched
                             change[rows] += moved
-                        kept.append((answer(nn.output.logits[:, -1], wanted).cpu(), elements, change))
+                        kept.append((answer(nn.output.logits[:, -1], columns[prompts]).cpu(), elements, change))
                     if update is not None:
                         update(n_rows)
     return list(kept)
-
-
-def _where(
-    chunk: engine.Pass, rows: np.ndarray, over: tuple[str, ...], mask: Bool[Tensor, "row pos"], n_heads: int
-) -> Bool[Tensor, "row pos head"]:
-    """Where the rows are edited: real tokens only."""
-    where = mask[..., None].repeat(1, 1, n_heads)
-    for axis, dim in (("pos", 1), ("head", 2)):
-        if axis in over:
-            chosen = torch.from_numpy(chunk.rows[rows, 1 + over.index(axis)])
-            only = torch.arange(where.shape[dim]) == chosen[:, None]
-            where = where & (only[:, :, None] if dim == 1 else only[:, None, :])
-    return where
 
 
 def direct_logit_attribution(
