@@ -145,7 +145,10 @@ def _commit() -> str | None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide what a model costs. All are counts; ``n_kv_heads`` < ``n_heads`` is grouped attention."""
+    """The sizes that decide what a model costs. All are counts; ``n_kv_heads`` < ``n_heads`` is grouped attention.
+
+    ``stepwise_gelu``: GPT-2's GELU, which its code computes in several steps with a tensor for each.
+    """
 
     name: str
     n_layers: int
@@ -159,6 +162,7 @@ class ModelShape:
     n_parameters: int
     gated_mlp: bool = False
     tied_embeddings: bool = True
+    stepwise_gelu: bool = False
 
     @classmethod
     def from_config(cls, config: Any, name: str | None = None, n_parameters: int | None = None) -> ModelShape:
@@ -196,6 +200,7 @@ class ModelShape:
             n_parameters=_count_parameters(config) if n_parameters is None else n_parameters,
             gated_mlp=getattr(text, "model_type", "") in GATED,
             tied_embeddings=bool(getattr(text, "tie_word_embeddings", True)),
+            stepwise_gelu="gelu_new" in (getattr(text, "activation_function", ""), getattr(text, "hidden_act", "")),
         )
 
 
@@ -212,7 +217,9 @@ def _count_parameters(config: Any) -> int:
 
 
 def _gpt2(n_layers: int, d_model: int, n_heads: int, n_parameters: int) -> ModelShape:
-    return ModelShape("", n_layers, d_model, n_heads, n_heads, 64, 4 * d_model, 50257, 1024, n_parameters)
+    return ModelShape(
+        "", n_layers, d_model, n_heads, n_heads, 64, 4 * d_model, 50257, 1024, n_parameters, stepwise_gelu=True
+    )
 
 
 def _pythia(n_layers: int, d_model: int, n_heads: int, n_parameters: int, d_vocab: int = 50304) -> ModelShape:
@@ -367,14 +374,19 @@ def estimate_memory(
     mlp = shape.d_mlp * (3 if shape.gated_mlp else 2)
     # One layer at work: stream, LayerNorm's output, q, k, v and z, scores before and after the softmax, the MLP.
     layer = tokens * (4 * shape.d_model + 2 * width + 2 * kv_width + mlp) + 2 * scores
-    # Everything with a hook: stream at three places, two LayerNorms in two forms, the two outputs, and the above.
-    everything = tokens * (9 * shape.d_model + 2 * width + 2 * kv_width + mlp) + 2 * scores
+    # Everything with a hook, as the bridge keeps it, each storage once: of a block the stream at two places, two
+    # normalisations in two forms, the two outputs, and the above, with rotated queries and keys beside the plain ones;
+    # around the blocks the embeddings, the last normalisation and the logits.
+    rotated = width + kv_width if shape.gated_mlp else 0
+    block = tokens * (8 * shape.d_model + 2 * width + 2 * kv_width + rotated + mlp) + 2 * scores
+    everything = shape.n_layers * block + tokens * (4 * shape.d_model + shape.d_vocab)
     kept = {
         "forward": 0,
-        "cache": shape.n_layers * everything,
+        "cache": everything,
         "patching": shape.n_layers * tokens * (shape.d_model + 2 * kv_width + 2 * _site_width(shape, site, seq)),
     }[task]
-    copies = shape.n_layers * shape.d_model * (width + 2 * kv_width)
+    # Models with gated MLPs keep the three matrices apart already.
+    copies = 0 if shape.gated_mlp else shape.n_layers * shape.d_model * (width + 2 * kv_width)
     copies += shape.d_vocab * shape.d_model if shape.tied_embeddings else 0
     return MemoryEstimate(
         weights=shape.n_parameters * size,
