@@ -64,12 +64,14 @@ def estimate(
 
     Args:
         shape: ``known_shape("gpt2-xl")`` or ``ModelShape.from_config``.
-        task: "forward" (the logits of a batch), "cache" (every activation of a batch: an unfiltered ``run_with_cache``;
-            with nnsight, which has none, the ten sites of this course), "patching" (a sweep over layers and positions of
-            ``batch`` pairs that differ from the second token on), "sae" (training a TopK autoencoder at one site).
+        task: "forward" (the logits of a batch); "cache" (every activation of a batch, as an unfiltered
+            ``run_with_cache`` keeps them; with nnsight, which has none, the sites of this course); "patching" (a sweep
+            over layers and positions of ``batch`` pairs that differ from the second token on); "sae" (training a TopK
+            autoencoder at one site).
         batch, seq: prompts, and tokens in each.
         dtype: "float32", "bfloat16", "float16"; "int8" holds weights in 8 bits, embeddings and activations in 16.
-        tool: "TransformerLens" (folded weights, ``load_model``) or "nnsight" (``load_large_model``); by the model's size.
+        tool: "TransformerLens" (folded weights, ``load_model``) or "nnsight" (``load_large_model``); by default the
+            one for the model's size.
         site: what is patched or reconstructed.
         device: decides how much goes into one pass of a sweep ("cpu" or "cuda").
         n_features, sae_batch, buffer_tokens: of the autoencoder: 8 × d_model, and as in ``train_sae``, by default.

@@ -12,7 +12,6 @@ there stand in the section "beside the model"; they know PyTorch and nothing of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -365,7 +364,7 @@ _SMALLER = (
 def _check_key(remote: bool | str) -> None:
     from nnsight import CONFIG
 
-    if remote is True and not (CONFIG.API.APIKEY or os.environ.get("NDIF_API_KEY")):
+    if remote is True and not CONFIG.API.APIKEY:
         raise RemoteFailed(
             "NDIF asks for a key, and none is set. How to go on: make an account at https://login.ndif.us, then set "
             "the environment variable NDIF_API_KEY before Python starts (on Colab: a secret of that name). "
