@@ -531,3 +531,12 @@ def test_patching_heads_that_write_nothing_raises(tiny_dir):
     pairs = pairs_of(model, ["Mary and John", "Anna and John"], ["Mary and Peter", "Anna and Peter"])
     with pytest.raises(NothingChanged, match="never took place"):
         large.patch_sweep(model, pairs, "z", ("layer", "head"))
+
+
+def test_nothing_else_knows_nnsight():
+    from pathlib import Path
+
+    package = Path(large.__file__).parent
+    knowing = [path.name for path in package.rglob("*.py") if "import nnsight" in path.read_text()
+               or "from nnsight" in path.read_text()]  # fmt: skip
+    assert knowing == ["large.py"]
