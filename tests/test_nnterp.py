@@ -1,7 +1,7 @@
 """nnterp, in a folder of its own beside the course: its standardised names give the logit lens that ours gives.
 
-nnterp 1.3.0 works with nnsight 0.7.0 and does not import with 0.8.1. nnsight 0.7.0 alone would not do for the course: it
-sends a session with ``remote="local"`` away instead of rehearsing it. So both are installed below ``build/``.
+nnterp 1.3.0 works with nnsight 0.7.0 and does not import with 0.8.1. nnsight 0.7.0 alone would not do for the course:
+it sends a session with ``remote="local"`` away instead of rehearsing it. So both are installed below ``build/``.
 """
 
 from __future__ import annotations
