@@ -165,7 +165,7 @@ def _sae(
     parameters = 2 * n_features * width + n_features + width
     rows = max(1, SAE_FORWARD // seq)
     filling = buffer_tokens * width * size + _at_work(shape, rows, seq, size)
-    step = max(batch * (4 * n_features + 5 * width) * 4 + parameters * 4, 2 * parameters * 4)
+    step = max(batch * (3 * n_features + 4 * width) * 4, 2 * parameters * 4)  # backward, or Adam's temporaries
     return {
         "autoencoder and Adam": 4 * parameters * 4,
         "buffer": buffer_tokens * (width * size + 8),
