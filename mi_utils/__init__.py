@@ -39,6 +39,7 @@ _HOMES = {
     "graph": ("CannotDecompose", "Graph"),
     "paths": ("path_patch",),
     "edges": ("eap", "eap_ig"),
+    "large": ("LargeModel", "OutOfMemory", "RemoteFailed", "load_large_model"),
     "circuits": ("Circuit", "faithfulness_curve", "nested_circuits", "smallest_circuit"),
     "stats": (
         "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",

@@ -225,21 +225,37 @@ def estimate(
     model: Annotated[str, typer.Argument(help="Embedded name, well-known name (gpt2-xl), folder or hub id.")],
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     seq: Annotated[int, typer.Option(min=1, help="Tokens a prompt.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    task: Annotated[str, typer.Option(help="forward, cache or patching.")] = "forward",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "float32",
+    task: Annotated[str, typer.Option(help="forward, cache, patching, sae, or all of them.")] = "all",
 ) -> None:
-    """Estimate the memory a model needs before it is loaded, and name the tool for its size."""
-    from mi_utils import compute
+    """Estimate the memory a model needs before it is loaded, name the tool for its size, and say what fits here."""
+    from mi_utils import compute, estimates
 
+    device = compute.pick_device()
     try:
         shape = compute.known_shape(model) or _shape_of(model)
-        needed = compute.estimate_memory(shape, batch=batch, seq=seq, dtype=dtype, task=task)
-    except ValueError as error:
+        tasks = estimates.TASKS if task == "all" else (task,)
+        needs = [estimates.estimate(shape, each, batch=batch, seq=seq, dtype=dtype, device=device) for each in tasks]
+    except (ValueError, RuntimeError) as error:  # ModelNotFound among them
         raise _refuse(error) from error
     choice = compute.choose_tool(shape)
     console.print(f"{shape.name}: {shape.n_parameters:,} parameters, {shape.n_layers} layers", highlight=False)
-    console.print(needed.table())
     console.print(f"Tool: [bold]{escape(choice.tool)}[/]. {escape(choice.reason)}")
+    free = compute.available_memory(device)
+    table = Table("task", "memory at its peak", f"of that, for ({dtype}, {batch} × {seq} tokens)", "here")
+    for need in needs:
+        parts = "\n".join(f"{name} {compute.format_bytes(size)}" for name, size in need.parts.items() if size)
+        fits = "[green]fits[/]" if need.total < free else "[red]does not fit[/]"
+        table.add_row(need.task, compute.format_bytes(need.total), parts, fits)
+    console.print(table)
+    console.print(f"{device} has {compute.format_bytes(free)} free.", highlight=False)
+    if all(need.total < free for need in needs):
+        return
+    half = estimates.estimate(shape, needs[0].task, batch=batch, seq=seq, dtype="bfloat16").total
+    console.print(
+        f"Smaller: --dtype bfloat16 ({compute.format_bytes(half)} for {needs[0].task}) or int8, fewer prompts. Larger: "
+        "device_map='auto' over several cards, or remote=True on NDIF (see notebook 18)."
+    )
 
 
 def _shape_of(model: str) -> Any:

@@ -145,7 +145,10 @@ def _commit() -> str | None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide what a model costs. All are counts; ``n_kv_heads`` < ``n_heads`` is grouped attention."""
+    """The sizes that decide what a model costs. All are counts; ``n_kv_heads`` < ``n_heads`` is grouped attention.
+
+    ``stepwise_gelu``: GPT-2's GELU, which its code computes in several steps with a tensor for each.
+    """
 
     name: str
     n_layers: int
@@ -159,6 +162,7 @@ class ModelShape:
     n_parameters: int
     gated_mlp: bool = False
     tied_embeddings: bool = True
+    stepwise_gelu: bool = False
 
     @classmethod
     def from_config(cls, config: Any, name: str | None = None, n_parameters: int | None = None) -> ModelShape:
@@ -196,6 +200,7 @@ class ModelShape:
             n_parameters=_count_parameters(config) if n_parameters is None else n_parameters,
             gated_mlp=getattr(text, "model_type", "") in GATED,
             tied_embeddings=bool(getattr(text, "tie_word_embeddings", True)),
+            stepwise_gelu="gelu_new" in (getattr(text, "activation_function", ""), getattr(text, "hidden_act", "")),
         )
 
 
@@ -212,7 +217,9 @@ def _count_parameters(config: Any) -> int:
 
 
 def _gpt2(n_layers: int, d_model: int, n_heads: int, n_parameters: int) -> ModelShape:
-    return ModelShape("", n_layers, d_model, n_heads, n_heads, 64, 4 * d_model, 50257, 1024, n_parameters)
+    return ModelShape(
+        "", n_layers, d_model, n_heads, n_heads, 64, 4 * d_model, 50257, 1024, n_parameters, stepwise_gelu=True
+    )
 
 
 def _pythia(n_layers: int, d_model: int, n_heads: int, n_parameters: int, d_vocab: int = 50304) -> ModelShape:
@@ -261,6 +268,78 @@ _KNOWN = {
     ),
     "mistralai/Mistral-7B-v0.1": (
         "mistral-7b", _gated(32, 4096, 32, 8, 128, 14336, 32000, 32768, 7_241_732_096),
+    ),
+    "meta-llama/Llama-2-13b-hf": (
+        "llama-2-13b", _gated(40, 5120, 40, 40, 128, 13824, 32000, 4096, 13_015_864_320),
+    ),
+    "meta-llama/Llama-2-70b-hf": (
+        "llama-2-70b", _gated(80, 8192, 64, 8, 128, 28672, 32000, 4096, 68_976_648_192),
+    ),
+    "meta-llama/Meta-Llama-3-8B": (
+        "llama-3-8b", _gated(32, 4096, 32, 8, 128, 14336, 128256, 8192, 8_030_261_248),
+    ),
+    "meta-llama/Meta-Llama-3-70B": (
+        "llama-3-70b", _gated(80, 8192, 64, 8, 128, 28672, 128256, 8192, 70_553_706_496),
+    ),
+    "meta-llama/Llama-3.1-70B": (
+        "llama-3.1-70b", _gated(80, 8192, 64, 8, 128, 28672, 128256, 131072, 70_553_706_496),
+    ),
+    "meta-llama/Llama-3.1-405B": (
+        "llama-3.1-405b", _gated(126, 16384, 128, 8, 128, 53248, 128256, 131072, 405_853_388_800),
+    ),
+    "meta-llama/Llama-3.2-1B": (
+        "llama-3.2-1b", _gated(16, 2048, 32, 8, 64, 8192, 128256, 131072, 1_235_814_400, tied=True),
+    ),
+    "meta-llama/Llama-3.2-3B": (
+        "llama-3.2-3b", _gated(28, 3072, 24, 8, 128, 8192, 128256, 131072, 3_212_749_824, tied=True),
+    ),
+    "mistralai/Mistral-7B-v0.3": (
+        "mistral-7b-v0.3", _gated(32, 4096, 32, 8, 128, 14336, 32768, 32768, 7_248_023_552),
+    ),
+    "mistralai/Mistral-Nemo-Base-2407": (
+        "mistral-nemo-12b", _gated(40, 5120, 32, 8, 128, 14336, 131072, 131072, 12_247_782_400),
+    ),
+    "google/gemma-2b": (
+        "gemma-2b", _gated(18, 2048, 8, 1, 256, 16384, 256000, 8192, 2_506_172_416, tied=True),
+    ),
+    "google/gemma-7b": (
+        "gemma-7b", _gated(28, 3072, 16, 16, 256, 24576, 256000, 8192, 8_537_680_896, tied=True),
+    ),
+    "google/gemma-2-27b": (
+        "gemma-2-27b", _gated(46, 4608, 32, 16, 128, 36864, 256000, 8192, 27_227_128_320, tied=True),
+    ),
+    "Qwen/Qwen2.5-1.5B": (
+        "qwen2.5-1.5b", _gated(28, 1536, 12, 2, 128, 8960, 151936, 131072, 1_543_714_304, tied=True),
+    ),
+    "Qwen/Qwen2.5-3B": (
+        "qwen2.5-3b", _gated(36, 2048, 16, 2, 128, 11008, 151936, 32768, 3_085_938_688, tied=True),
+    ),
+    "Qwen/Qwen2.5-14B": (
+        "qwen2.5-14b", _gated(48, 5120, 40, 8, 128, 13824, 152064, 131072, 14_770_033_664),
+    ),
+    "Qwen/Qwen2.5-32B": (
+        "qwen2.5-32b", _gated(64, 5120, 40, 8, 128, 27648, 152064, 131072, 32_763_876_352),
+    ),
+    "Qwen/Qwen2.5-72B": (
+        "qwen2.5-72b", _gated(80, 8192, 64, 8, 128, 29568, 152064, 131072, 72_706_203_648),
+    ),
+    "Qwen/Qwen3-0.6B": (
+        "qwen3-0.6b", _gated(28, 1024, 16, 8, 128, 3072, 151936, 40960, 596_049_920, tied=True),
+    ),
+    "Qwen/Qwen3-1.7B": (
+        "qwen3-1.7b", _gated(28, 2048, 16, 8, 128, 6144, 151936, 40960, 1_720_574_976, tied=True),
+    ),
+    "Qwen/Qwen3-4B": (
+        "qwen3-4b", _gated(36, 2560, 32, 8, 128, 9728, 151936, 40960, 4_022_468_096, tied=True),
+    ),
+    "Qwen/Qwen3-8B": (
+        "qwen3-8b", _gated(36, 4096, 32, 8, 128, 12288, 151936, 40960, 8_190_735_360),
+    ),
+    "Qwen/Qwen3-14B": (
+        "qwen3-14b", _gated(40, 5120, 40, 8, 128, 17408, 151936, 40960, 14_768_307_200),
+    ),
+    "Qwen/Qwen3-32B": (
+        "qwen3-32b", _gated(64, 5120, 64, 8, 128, 25600, 151936, 40960, 32_762_123_264),
     ),
 }  # fmt: skip
 SHORT_NAMES: dict[str, str] = {short: hub_id for hub_id, (short, _) in _KNOWN.items()}
@@ -367,14 +446,19 @@ def estimate_memory(
     mlp = shape.d_mlp * (3 if shape.gated_mlp else 2)
     # One layer at work: stream, LayerNorm's output, q, k, v and z, scores before and after the softmax, the MLP.
     layer = tokens * (4 * shape.d_model + 2 * width + 2 * kv_width + mlp) + 2 * scores
-    # Everything with a hook: stream at three places, two LayerNorms in two forms, the two outputs, and the above.
-    everything = tokens * (9 * shape.d_model + 2 * width + 2 * kv_width + mlp) + 2 * scores
+    # Everything with a hook, as the bridge keeps it, each storage once: of a block the stream at two places, two
+    # normalisations in two forms, the two outputs, and the above, with rotated queries and keys beside the plain ones;
+    # around the blocks the embeddings, the last normalisation and the logits.
+    rotated = width + kv_width if shape.gated_mlp else 0
+    block = tokens * (8 * shape.d_model + 2 * width + 2 * kv_width + rotated + mlp) + 2 * scores
+    everything = shape.n_layers * block + tokens * (4 * shape.d_model + shape.d_vocab)
     kept = {
         "forward": 0,
-        "cache": shape.n_layers * everything,
+        "cache": everything,
         "patching": shape.n_layers * tokens * (shape.d_model + 2 * kv_width + 2 * _site_width(shape, site, seq)),
     }[task]
-    copies = shape.n_layers * shape.d_model * (width + 2 * kv_width)
+    # Models with gated MLPs keep the three matrices apart already.
+    copies = 0 if shape.gated_mlp else shape.n_layers * shape.d_model * (width + 2 * kv_width)
     copies += shape.d_vocab * shape.d_model if shape.tied_embeddings else 0
     return MemoryEstimate(
         weights=shape.n_parameters * size,

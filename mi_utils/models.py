@@ -103,7 +103,7 @@ def _transformer_lens_alias(name: str) -> str:
     return next((hub_id for hub_id, aliases in MODEL_ALIASES.items() if name in aliases), name)
 
 
-def _split_random(name: str, seed: int) -> tuple[str, int | None]:
+def split_random(name: str, seed: int) -> tuple[str, int | None]:
     """ "random:NAME:7" is (NAME, 7), "random:NAME" takes the seed given, any other name has none."""
     if not name.startswith("random:"):
         return name, None
@@ -158,9 +158,9 @@ def load_model(
         raise ValueError(f"Unknown processing {processing!r}: use {' or '.join(PROCESSING)}.")
     device = pick_device(device)
     dtype = pick_dtype(device, dtype)
-    name, weights_seed = _split_random(name_or_path, seed)
+    name, weights_seed = split_random(name_or_path, seed)
     path = resolve(name)
-    hf_model, tokenizer = _load_hugging_face(name_or_path, path, dtype, weights_seed)
+    hf_model, tokenizer = load_hugging_face(name_or_path, path, dtype, weights_seed)
     hf_model = hf_model.to(device).eval()
     n_parameters = sum(parameter.numel() for parameter in hf_model.parameters())
     tokens = _probe(tokenizer, hf_model.config).to(device)
@@ -209,24 +209,30 @@ def info(model: Any) -> ModelInfo:
     return found
 
 
-def _load_hugging_face(name: str, path: str, dtype: torch.dtype, weights_seed: int | None) -> tuple[Any, Any]:
-    """The Hugging Face model and tokenizer, on the CPU; fails fast where the hub is out of reach."""
+def load_hugging_face(
+    name: str, path: str, dtype: torch.dtype, weights_seed: int | None, **options: Any
+) -> tuple[Any, Any]:
+    """The Hugging Face model and tokenizer, on the CPU unless ``options`` of ``from_pretrained`` say otherwise.
+
+    Fails fast where the hub is out of reach.
+
+    Raises:
+        ModelNotFound: it does not load.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local = Path(path).is_dir()
     if local and not (Path(path) / "config.json").is_file():
         raise ModelNotFound(f"The directory {path} has no config.json, so it holds no model. {_go_on()}")
-    cached = local or _in_cache(path)
-    if not cached:
-        _ask_hub(name, path)
+    cached = local or check_on_hub(name, path)
     try:
         with _quiet(cached):
             # "eager": attention as written, so that its patterns can be read and changed.
             config = AutoConfig.from_pretrained(path, local_files_only=cached)
             if weights_seed is None:
                 hf_model = AutoModelForCausalLM.from_pretrained(
-                    path, config=config, dtype=dtype, attn_implementation="eager", local_files_only=cached
+                    path, config=config, dtype=dtype, attn_implementation="eager", local_files_only=cached, **options
                 )
             else:
                 with torch.random.fork_rng():
@@ -247,6 +253,18 @@ def _load_tokenizer(auto_tokenizer: Any, path: str, cached: bool) -> Any:
         return auto_tokenizer.from_pretrained(path, add_bos_token=True, local_files_only=cached)
     except ValueError:  # a tokenizer without BOS
         return auto_tokenizer.from_pretrained(path, local_files_only=cached)
+
+
+def check_on_hub(name: str, hub_id: str) -> bool:
+    """Whether a hub model has been downloaded; where it has not, one short question whether it can be.
+
+    Raises:
+        ModelNotFound: no such model, or no answer.
+    """
+    cached = _in_cache(hub_id)
+    if not cached:
+        _ask_hub(name, hub_id)
+    return cached
 
 
 def _in_cache(hub_id: str) -> bool:
