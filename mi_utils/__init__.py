@@ -32,7 +32,8 @@ _HOMES = {
     "edges": ("eap", "eap_ig"),
     "circuits": ("Circuit", "faithfulness_curve", "nested_circuits"),
     "stats": (
-        "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
+        "agreement", "between", "bootstrap_interval", "effect_size", "max_statistic", "pooled_effect",
+        "proportion_interval", "sign_flip_test", "split_prompts", "summarise", "superiority",
     ),
     "study": ("Prediction", "Study"),
     "runlog": ("log_run", "read_runs"),

@@ -166,6 +166,8 @@ class _Picture:
     def _legend(self) -> Iterator[str]:
         at = self.left
         for trace in self.traces:
+            if not trace.get("showlegend", trace["type"] == "scatter"):
+                continue
             tone = trace["marker"]["color"]
             yield _marker(trace["marker"], at + 5, self.top - 14, 5, tone)
             yield _text(at + 15, self.top - 10, trace["name"])
