@@ -72,13 +72,17 @@ def resolve(name: str) -> str:
     """Where a model's files are: a directory's path (embedded or local), or a hub id.
 
     Short names ("gpt2-small", "pythia-70m") become hub ids; what nothing here knows is taken for one. Nothing is
-    opened or downloaded.
+    opened or downloaded; the hand-set model ("handset") is written to a temporary directory.
 
     Raises:
         ModelNotFound: ``name`` is written as a path, and there is no such directory.
     """
     if name in EMBEDDED:
         return str(EMBEDDED[name])
+    if name == "handset":
+        from mi_utils.smallworld import handset
+
+        return str(handset.directory())
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return str(path)
@@ -131,6 +135,7 @@ def load_model(
 
     Args:
         name_or_path: "smallworld", "smallworld-seed1", "gpt2-small", "./a-directory", "EleutherAI/pythia-70m" …
+            "handset" is the model whose weights are set by hand (see ``mi_utils.smallworld.handset``).
             "random:NAME" or "random:NAME:SEED" is the same shape and tokenizer with fresh weights: the negative
             control for any method.
         device, dtype: the best device there is and float32, unless told otherwise.

@@ -97,6 +97,18 @@ def test_names_are_resolved_without_loading(tiny_dir):
         assert models.resolve(name) == str(path)
 
 
+def test_the_hand_set_model_has_a_name():
+    from mi_utils.smallworld import handset
+
+    model = load_model("handset")
+    assert models.info(model).name == "handset" and "handset" not in models.embedded_names()
+    prompts = handset.induction_prompts(4)
+    answers = models.run(model, models.to_tokens(model, prompts["clean"]))[:, -1].argmax(-1)
+    assert models.token_strings(model, answers) == prompts["correct"]
+    assert models.resolve("handset") == models.info(model).path, "written once"
+    assert models.info(load_model("random:handset")).random_weights
+
+
 @pytest.mark.parametrize("name", ["no-such-model", "nobody/no-such-model", "./no-such-directory"])
 def test_a_model_that_is_nowhere_is_refused_at_once_with_a_way_on(name):
     start = time.monotonic()
