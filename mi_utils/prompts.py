@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -22,6 +23,23 @@ BATCH = 64  # prompts in one forward pass of the check
 
 class ModelDoesNotKnowTask(RuntimeError):
     """The model does not show the behaviour on the clean prompts, so there is nothing to explain."""
+
+
+_WATCHERS: list[set[str]] = []
+
+
+@contextmanager
+def watch_prompts() -> Iterator[set[str]]:
+    """Collect the texts, clean and corrupted, of all pairs that are used while the block runs.
+
+    A study learns in this way which prompts a measurement was made on, without having to believe anyone.
+    """
+    seen: set[str] = set()
+    _WATCHERS.append(seen)
+    try:
+        yield seen
+    finally:
+        _WATCHERS[:] = [watcher for watcher in _WATCHERS if watcher is not seen]
 
 
 class PromptPairs:
@@ -72,7 +90,7 @@ class PromptPairs:
         self._model = model
         self._logit_diffs: tuple[Tensor, Tensor] | None = None
 
-        self.clean_tokens: Int[Tensor, "prompt pos"] = models.to_tokens(model, self.clean)
+        self.clean_tokens = models.to_tokens(model, self.clean)
         self.corrupted_tokens: Int[Tensor, "prompt pos"] = models.to_tokens(model, self.corrupted)
         _check_lengths(self)
         self.correct_ids: Int[Tensor, " prompt"] = self._answer_ids(self.correct)
@@ -81,6 +99,20 @@ class PromptPairs:
         _check_pairs(self)
         if check:
             _check_knowledge(self, min_accuracy)
+
+    @property
+    def clean_tokens(self) -> Int[Tensor, "prompt pos"]:
+        self._used()
+        return self._clean_tokens
+
+    @clean_tokens.setter
+    def clean_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+        self._clean_tokens = tokens
+
+    def _used(self) -> None:
+        """Tell those who watch that these prompts are used: whoever measures anything reads the tokens."""
+        for watcher in _WATCHERS:
+            watcher.update(self.clean, self.corrupted)
 
     def _answer_ids(self, answers: Sequence[str]) -> Int[Tensor, " prompt"]:
         ids = {answer: models.single_token(self._model, answer) for answer in dict.fromkeys(answers)}
@@ -157,6 +189,7 @@ class PromptPairs:
         return self._both_logit_diffs()[1]
 
     def _both_logit_diffs(self) -> tuple[Tensor, Tensor]:
+        self._used()
         if self._logit_diffs is None:
             self._logit_diffs = (self._measure(self.clean_tokens), self._measure(self.corrupted_tokens))
         return self._logit_diffs

@@ -147,12 +147,13 @@ def test_the_pooled_effect_is_the_ratio_of_means():
     np.testing.assert_allclose(stats.pooled_effect(effect.expand_dims(layer=2, axis=1)), ratio)
 
 
-def test_the_weighted_interval_covers_a_planted_ratio():
+def test_the_weighted_interval_covers_a_planted_ratio(monkeypatch):
     rng = np.random.default_rng(9)
     hits = 0
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
     for _ in range(700):
-        gap = rng.gamma(3.0, size=30)
-        interval = stats.bootstrap_interval(0.6 + rng.normal(0, 0.3, size=30) / gap, weights=gap)
+        gap = rng.gamma(3.0, size=60)
+        interval = stats.bootstrap_interval(0.6 + rng.normal(0, 0.3, size=60) / gap, weights=gap)
         hits += interval.low <= 0.6 <= interval.high
     assert 0.93 <= hits / 700 <= 0.97
 
