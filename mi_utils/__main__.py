@@ -1,4 +1,4 @@
-"""Command line: ``python -m mi_utils doctor | run | evaluate | estimate | runs``."""
+"""Command line: ``python -m mi_utils doctor | run | evaluate | estimate | calibrate | runs``."""
 
 from __future__ import annotations
 
@@ -233,6 +233,44 @@ def _shape_of(model: str) -> Any:
     from mi_utils import compute, models
 
     return compute.ModelShape.from_config(AutoConfig.from_pretrained(models.resolve(model)))
+
+
+@app.command()
+def calibrate(
+    short: Annotated[bool, typer.Option("--short", help="A few worlds of each family, in under a minute.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    output: Output = Path("build"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished worlds again.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
+) -> None:
+    """Run the five-phase study where the right verdict is known; exit 1 when it is wrong too often."""
+    from time import perf_counter
+
+    from mi_utils import calibration, compute
+
+    folder = output if output.is_absolute() else (course.find_root() or Path.cwd()) / output
+    if fresh:
+        (folder / calibration.FILE).unlink(missing_ok=True)
+    started = perf_counter()
+    outcomes = calibration.calibrate(short, workers, None if short else folder)
+    header, *rows = calibration.table(outcomes)
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*map(escape, row), style="bold" if row[0].startswith("all ") else None)
+    console.print(shown)
+    here = compute.environment()
+    cpu = sum(outcome.cpu_seconds for outcome in outcomes)
+    took = (
+        f"It took {cpu / 60:.1f} minutes of processor time ({(perf_counter() - started) / 60:.1f} minutes by the clock "
+        f"for this call, {workers} processes on {here['cpu_count']} cores) with torch {here['packages'].get('torch')} "
+        f"on Python {here['python']}."
+    )
+    console.print(took, highlight=False)
+    if page is not None:
+        page.write_text(calibration.page(outcomes, took), encoding="utf-8")
+    if not calibration.passes(outcomes):
+        console.print("[red]Too many false alarms, or too little power.[/]")
+        raise typer.Exit(1)
 
 
 @app.command()
