@@ -43,7 +43,7 @@ class World:
     network: Any
     cases: list[tuple[Any, int]]
     seed: int
-    pairs: Pairs = ioi_pairs
+    pairs: Pairs
     find: Callable[..., list[Place]] = discover
 
 
@@ -138,14 +138,29 @@ def _random_world(index: int, shape: str, pairs: Pairs) -> World:
 def _trained_world(index: int, **how: Any) -> World:
     name = TRAINED[index % len(TRAINED)]
     seed = 100 + 2 * index  # a study uses its seed and the next one
-    return World(_trained(name), [(_trained(other), seed) for other in TRAINED if other != name], seed, **how)
+    cases = [(_trained(other), seed) for other in TRAINED if other != name]
+    return World(_trained(name), cases, seed, **{"pairs": same_ioi_pairs} | how)
+
+
+@cache
+def _ioi(n: int, seed: int, split: str) -> PromptPairs:
+    return ioi_pairs(_trained(TRAINED[0]), n=n, seed=seed, split=split, check=False)
+
+
+def same_ioi_pairs(model: Any, n: int, seed: int, split: str = "train", check: bool = True) -> PromptPairs:
+    """What ``ioi_pairs`` gives for a network with smallworld's tokenizer; drawn once for all networks of a world."""
+    drawn = _ioi(n, seed, split)
+    return PromptPairs(
+        model, drawn.clean, drawn.corrupted, drawn.correct, drawn.incorrect, check=check,
+        template=drawn.template, roles=drawn.roles,
+    )  # fmt: skip
 
 
 def shuffled_pairs(
     model: Any, n: int, seed: int, split: str = "train", check: bool = True, *, coin: int = 0
 ) -> PromptPairs:
     """IOI pairs in which a coin says which of the two names is called the correct one."""
-    pairs = ioi_pairs(model, n=n, seed=seed, split=split, check=False)
+    pairs = _ioi(n, seed, split)
     heads = np.random.default_rng([coin, seed, len(split)]).random(len(pairs)) < 0.5
     names = zip(pairs.correct, pairs.incorrect, heads, strict=True)
     answers = [(b, a) if turn else (a, b) for a, b, turn in names]
@@ -167,7 +182,7 @@ def irrelevant_heads(network: Any, seed: int, check: bool = True, pairs: Pairs =
 FAMILIES: dict[str, Family] = {
     "random weights": Family(
         "null", "untrained twins of smallworld, on IOI",
-        partial(_random_world, shape="smallworld", pairs=ioi_pairs), 18, 1,
+        partial(_random_world, shape="smallworld", pairs=same_ioi_pairs), 18, 1,
     ),
     "random weights, hand-set shape": Family(
         "null", "untrained networks of the hand-set model's shape, on induction",
@@ -252,7 +267,9 @@ def calibrate(
     """
     from tqdm.auto import tqdm
 
-    wanted = [(name, i) for name, each in FAMILIES.items() for i in range(each.short if short else each.count)]
+    counts = {name: each.short if short else each.count for name, each in FAMILIES.items()}
+    # All families in turn, so that a run that is cut short has seen something of each.
+    wanted = [(name, i) for i in range(max(counts.values())) for name, count in counts.items() if i < count]
     file = None if folder is None else Path(folder) / FILE
     done = {(outcome.family, outcome.index): outcome for outcome in _kept(file)}
     left = [each for each in wanted if each not in done]
