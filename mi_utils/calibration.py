@@ -81,7 +81,8 @@ class Outcome:
 # ------------------------------------------------------------------------------------------------ worlds
 
 
-def _handset(wiring: Wiring) -> Any:
+def load_handset(wiring: Wiring) -> Any:
+    """The hand-set model with another wiring, loaded."""
     with TemporaryDirectory(prefix="handset-") as folder:
         return models.load_model(str(save_handset(folder, wiring)), device="cpu")
 
@@ -97,7 +98,7 @@ def _hand_world(index: int, main: Callable[..., Wiring], others: Callable[..., W
 
     def one(wire: Callable[..., Wiring]) -> Any:
         noise, seed = float(rng.uniform(0.005, 0.02)), int(rng.integers(2**31))
-        return _handset(wire(rng=rng, noise=noise, seed=seed))
+        return load_handset(wire(rng=rng, noise=noise, seed=seed))
 
     network = one(main)
     return World(network, [(one(others or main), 100 + index) for _ in range(2)], 100 + index, induction_pairs)
