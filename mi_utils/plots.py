@@ -183,9 +183,9 @@ def _significance_marks(significance: xr.Dataset | None, data: xr.DataArray, lev
         traces.append({
             "type": "scatter", "mode": "markers", "showlegend": True, "hoverinfo": "skip",
             "name": f"{name}: {len(up)} of {passed.size}",
-            "x": [round(place + 0.38, 2) for place in right.tolist()],
+            "x": [round(place + 0.36, 2) for place in right.tolist()],
             "y": [round(place + 0.27, 2) for place in up.tolist()],
-            "marker": {"color": tone, "size": 8, "symbol": symbol, "line": {"color": "#ffffff", "width": 1}},
+            "marker": {"color": tone, "size": 9, "symbol": symbol, "line": {"color": "#ffffff", "width": 1.5}},
         })  # fmt: skip
     return traces
 
