@@ -7,7 +7,7 @@ SEEDS := 0 1 2
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: run test lab outputs site train saes bench
+.PHONY: run test lab outputs site train saes bench calibrate
 
 run: $(STAMP)
 	$(BIN)/python -m mi_utils run
@@ -40,6 +40,11 @@ saes: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# The study where the right verdict is known; resumable. The page is part of the repository.
+calibrate: export OMP_NUM_THREADS = 1
+calibrate: $(STAMP)
+	$(BIN)/python -m mi_utils calibrate --page docs/calibration.md
 
 $(STAMP): requirements.txt pyproject.toml
 	@test -x $(BIN)/python || for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \

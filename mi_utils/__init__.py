@@ -42,7 +42,8 @@ _HOMES = {
     "large": ("LargeModel", "OutOfMemory", "RemoteFailed", "load_large_model"),
     "circuits": ("Circuit", "faithfulness_curve", "nested_circuits", "smallest_circuit"),
     "stats": (
-        "bootstrap_interval", "effect_size", "pooled_effect", "proportion_interval", "sign_flip_test", "summarise",
+        "agreement", "between", "bootstrap_interval", "effect_size", "max_statistic", "pooled_effect",
+        "proportion_interval", "sign_flip_test", "split_prompts", "summarise", "superiority",
     ),
     "study": ("Prediction", "Study"),
     "dashboard": ("feature_dashboard",),

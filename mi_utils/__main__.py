@@ -1,4 +1,4 @@
-"""Command line: ``python -m mi_utils doctor | run | evaluate | features | estimate | new-project | site | runs``."""
+"""Command line: ``python -m mi_utils doctor | run | runs | evaluate | features | estimate | new-project | …``."""
 
 from __future__ import annotations
 
@@ -330,11 +330,55 @@ def site(
 
 
 @app.command()
+def calibrate(
+    short: Annotated[bool, typer.Option("--short", help="A few worlds of each family, in under a minute.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    output: Output = Path("build"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run finished worlds again.")] = False,
+    page: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
+) -> None:
+    """Run the five-phase study where the right verdict is known; exit 1 when it is wrong too often."""
+    from time import perf_counter
+
+    from mi_utils import calibration, compute
+
+    folder = output if output.is_absolute() else (course.find_root() or Path.cwd()) / output
+    if fresh:
+        (folder / calibration.FILE).unlink(missing_ok=True)
+    started = perf_counter()
+    outcomes = calibration.calibrate(short, workers, None if short else folder)
+    header, *rows = calibration.table(outcomes)
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*map(escape, row), style="bold" if row[0].startswith("all ") else None)
+    console.print(shown)
+    here = compute.environment()
+    cpu = sum(outcome.cpu_seconds for outcome in outcomes)
+    took = (
+        f"It took {cpu / 60:.1f} minutes of processor time ({(perf_counter() - started) / 60:.1f} minutes by the clock "
+        f"for this call, {workers} processes on {here['cpu_count']} cores) with torch {here['packages'].get('torch')} "
+        f"on Python {here['python']}."
+    )
+    console.print(took, highlight=False)
+    if page is not None:
+        page.write_text(calibration.page(outcomes, took), encoding="utf-8")
+    if not calibration.passes(outcomes):
+        console.print("[red]Too many false alarms, or too little power.[/]")
+        raise typer.Exit(1)
+
+
+@app.command()
 def runs(
+    studies: Annotated[
+        list[str] | None, typer.Argument(help="Studies to compare, by (part of) name or by plan hash.")
+    ] = None,
     output: Output = Path("build"),
 ) -> None:
-    """List course runs with their verdicts, and logged runs."""
+    """List course runs, past studies with their verdicts, and logged runs; or compare the studies named."""
     build = output if output.is_absolute() else (course.find_root() or Path.cwd()) / output
+    if studies:
+        _compare_studies(build, studies)
+        return
     states = course.list_runs(build)
     table = Table("course run", "notebooks done", "verdict", "folder")
     for state in states:
@@ -348,13 +392,51 @@ def runs(
         )
     console.print(table if states else f"No course run below {output}.")
 
+    _list_studies(build)
     logged = _logged_runs(build / "runs")
     if logged:
         table = Table("logged run", "results")
         for record in logged:
-            results = ", ".join(f"{name}={value}" for name, value in record.get("results", {}).items())
+            shown = {k: v for k, v in record.get("results", {}).items() if k != "measured"}
+            results = ", ".join(f"{name}={value}" for name, value in shown.items())
             table.add_row(escape(str(record.get("name"))), escape(results))
         console.print(table)
+
+
+def _list_studies(build: Path) -> None:
+    from mi_utils.archive import find_studies
+
+    past = find_studies(build)
+    if not past:
+        return
+    table = Table("study", "model", "seed", "plan", "locked", "verdict", "does not hold, or missing")
+    for each in past:
+        if each.study is None:
+            table.add_row(escape(each.name), "", "", "", "", "[red]unreadable[/]", escape(each.problem))
+            continue
+        verdict = each.study.verdict()
+        table.add_row(
+            escape(each.name), escape(each.study.model), str(each.study.seed), (each.study.hash or "-")[:8],
+            (each.study.locked_at or "not locked")[:16], verdict.status,
+            escape(", ".join(verdict.failed + verdict.missing)),
+        )  # fmt: skip
+    console.print(table)
+    console.print("Compare some of them: python -m mi_utils runs STUDY STUDY", highlight=False)
+
+
+def _compare_studies(build: Path, names: list[str]) -> None:
+    from mi_utils import archive
+
+    past = archive.find_studies(build)
+    try:
+        chosen = {each.name: each.study for each in (archive.pick(past, name) for name in names)}
+    except ValueError as error:
+        raise _refuse(error) from error
+    header, *rows = archive.compare(chosen)
+    table = Table(*map(escape, header))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def _logged_runs(directory: Path) -> list[dict[str, Any]]:

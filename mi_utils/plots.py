@@ -107,7 +107,13 @@ def setup() -> None:
 
 
 def heatmap(
-    result: xr.DataArray, title: str | None = None, *, limit: float | None = None, words: xr.DataArray | None = None
+    result: xr.DataArray,
+    title: str | None = None,
+    *,
+    limit: float | None = None,
+    words: xr.DataArray | None = None,
+    significance: xr.Dataset | None = None,
+    level: float = 0.05,
 ) -> go.Figure:
     """Two dimensions of a result as colours, after the mean over prompts.
 
@@ -117,9 +123,12 @@ def heatmap(
     Args:
         limit: how far the colour scale reaches instead; small effects show at 0.2.
         words: text over the same two dimensions to write into the cells, such as the likeliest token.
+        significance: what ``stats.max_statistic`` made of the same result. A small circle marks a cell whose own
+            p-value is at most ``level``; a diamond one that stands after the correction for all cells.
+        level: of both marks.
 
     Raises:
-        ValueError: not two dimensions beside ``prompt``, or words over others.
+        ValueError: not two dimensions beside ``prompt``, or words or significance over others.
     """
     data = _mean(result)
     if data.ndim != 2:
@@ -148,8 +157,38 @@ def heatmap(
         title or _upper(quantity.name), _subtitle(result), height=24 * len(rows),
         x=_tick_axis(data.dims[1], columns, turn=_crowded(columns)), y=_tick_axis(data.dims[0], rows),
         coloraxis=_colour_axis(values, quantity, limit, 24 * len(rows)),
+        **({} if significance is None else {"top": 24, "showlegend": True}),
     )  # fmt: skip
-    return _figure([_heat_trace(values, rows, columns, data.dims, quantity) | written], layout)
+    trace = _heat_trace(values, rows, columns, data.dims, quantity) | written
+    return _figure([trace, *_significance_marks(significance, data, level)], layout)
+
+
+def _significance_marks(significance: xr.Dataset | None, data: xr.DataArray, level: float) -> list[dict[str, Any]]:
+    """Marks in the corner of the cells that pass, uncorrected and corrected."""
+    if significance is None:
+        return []
+    if not {"p_value", "p_corrected"} <= set(significance.variables):
+        raise ValueError("significance must hold p_value and p_corrected: give what stats.max_statistic returns.")
+    if set(significance["p_value"].dims) != set(data.dims) or dict(significance["p_value"].sizes) != dict(data.sizes):
+        raise ValueError(
+            f"significance goes over {_cells(significance['p_value'])} and the result over {_cells(data)}: test the "
+            "result that is shown."
+        )
+    alone, corrected = (significance[name].transpose(*data.dims).values <= level for name in ("p_value", "p_corrected"))
+    traces = []
+    for name, passed, tone, symbol in (
+        (f"p \u2264 {level:g} by itself", alone & ~corrected, GREY, "circle"),
+        (f"p \u2264 {level:g} corrected for all cells", corrected, INK, "diamond"),
+    ):
+        up, right = np.nonzero(passed)
+        traces.append({
+            "type": "scatter", "mode": "markers", "showlegend": True, "hoverinfo": "skip",
+            "name": f"{name}: {len(up)} of {passed.size}",
+            "x": [round(place + 0.36, 2) for place in right.tolist()],
+            "y": [round(place + 0.27, 2) for place in up.tolist()],
+            "marker": {"color": tone, "size": 9, "symbol": symbol, "line": {"color": "#ffffff", "width": 1.5}},
+        })  # fmt: skip
+    return traces
 
 
 def attention(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,6 +24,23 @@ BATCH = 64  # prompts in one forward pass of the check
 
 class ModelDoesNotKnowTask(RuntimeError):
     """The model does not show the behaviour on the clean prompts, so there is nothing to explain."""
+
+
+_WATCHERS: list[set[str]] = []
+
+
+@contextmanager
+def watch_prompts() -> Iterator[set[str]]:
+    """Collect the texts, clean and corrupted, of all pairs that are used while the block runs.
+
+    A study learns in this way which prompts a measurement was made on, without having to believe anyone.
+    """
+    seen: set[str] = set()
+    _WATCHERS.append(seen)
+    try:
+        yield seen
+    finally:
+        _WATCHERS[:] = [watcher for watcher in _WATCHERS if watcher is not seen]
 
 
 class PromptPairs:
@@ -72,7 +91,7 @@ class PromptPairs:
         self._model = model
         self._logit_diffs: tuple[Tensor, Tensor] | None = None
 
-        self.clean_tokens: Int[Tensor, "prompt pos"] = models.to_tokens(model, self.clean)
+        self.clean_tokens = models.to_tokens(model, self.clean)
         self.corrupted_tokens: Int[Tensor, "prompt pos"] = models.to_tokens(model, self.corrupted)
         _check_lengths(self)
         self.correct_ids: Int[Tensor, " prompt"] = self._answer_ids(self.correct)
@@ -81,6 +100,20 @@ class PromptPairs:
         _check_pairs(self)
         if check:
             _check_knowledge(self, min_accuracy)
+
+    @property
+    def clean_tokens(self) -> Int[Tensor, "prompt pos"]:
+        self._used()
+        return self._clean_tokens
+
+    @clean_tokens.setter
+    def clean_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+        self._clean_tokens = tokens
+
+    def _used(self) -> None:
+        """Tell those who watch that these prompts are used: whoever measures anything reads the tokens."""
+        for watcher in _WATCHERS:
+            watcher.update(self.clean, self.corrupted)
 
     def _answer_ids(self, answers: Sequence[str]) -> Int[Tensor, " prompt"]:
         ids = {answer: models.single_token(self._model, answer) for answer in dict.fromkeys(answers)}
@@ -157,6 +190,7 @@ class PromptPairs:
         return self._both_logit_diffs()[1]
 
     def _both_logit_diffs(self) -> tuple[Tensor, Tensor]:
+        self._used()
         if self._logit_diffs is None:
             self._logit_diffs = (self._measure(self.clean_tokens), self._measure(self.corrupted_tokens))
         return self._logit_diffs
@@ -305,14 +339,18 @@ def ioi_pairs(
     def arrangement(candidate: _Candidate) -> Any:
         return tuple(sorted(candidate.roles.items())) if align else candidate.roles["END"]
 
-    pool = list(_candidates(model, Random("ioi arrangement"), split, order, 500))
-    seen = Counter(map(arrangement, pool))
-    if not seen:
-        raise ValueError(f"The tokenizer of {models.info(model).name} splits every IOI prompt's names into pieces.")
-    wanted = max(seen, key=lambda key: (seen[key], key))
+    known = _ARRANGEMENTS.setdefault(model.tokenizer, {})
+    if (split, order, align) not in known:
+        pool = list(_candidates(model, Random("ioi arrangement"), split, order, 500))
+        seen = Counter(map(arrangement, pool))
+        if not seen:
+            raise ValueError(f"The tokenizer of {models.info(model).name} splits every IOI prompt's names into pieces.")
+        commonest = max(seen, key=lambda key: (seen[key], key))
+        known[split, order, align] = commonest, len(pool) / seen[commonest]
+    wanted, one_in = known[split, order, align]
 
     chosen: dict[str, _Candidate] = {}
-    tries = 2000 + 100 * n * len(pool) // seen[wanted]
+    tries = 2000 + int(100 * n * one_in)
     for candidate in _candidates(model, Random(seed), split, order, tries):
         if arrangement(candidate) == wanted:
             chosen.setdefault(candidate.prompt.text, candidate)
@@ -336,6 +374,10 @@ def ioi_pairs(
         roles=dict(sorted(roles.items(), key=lambda item: item[1])),
         min_accuracy=min_accuracy,
     )
+
+
+# The commonest arrangement for each tokenizer, and how many prompts it takes to meet one: 500 prompts to find out.
+_ARRANGEMENTS: WeakKeyDictionary[Any, dict[tuple, tuple[Any, float]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ _COLOURS = {  # of words in tables, on white and on black
 }  # fmt: skip
 
 
-def write(study: Study, path: Path, figures: Sequence[Any] = (), notes: str = "") -> Path:
+def write(study: Study, path: Path, figures: Sequence[Any] = (), notes: str = "", command: str = "") -> Path:
     """Write ``path`` as ``.html`` and ``.md``, and the Markdown's figures as ``.svg`` beside them.
 
     Returns:
@@ -68,7 +68,7 @@ def write(study: Study, path: Path, figures: Sequence[Any] = (), notes: str = ""
         TypeError: something among the figures is no plotly figure.
     """
     page, markdown = path.with_suffix(".html"), path.with_suffix(".md")
-    parts = compose(study, [_as_dict(figure) for figure in figures], notes)
+    parts = compose(study, [_as_dict(figure) for figure in figures], notes, command)
     page.parent.mkdir(parents=True, exist_ok=True)
     pictures: dict[int, str] = {}
     for part in parts:
@@ -82,7 +82,7 @@ def write(study: Study, path: Path, figures: Sequence[Any] = (), notes: str = ""
     return page
 
 
-def compose(study: Study, figures: Sequence[Mapping[str, Any]], notes: str) -> list[Part]:
+def compose(study: Study, figures: Sequence[Mapping[str, Any]], notes: str, command: str = "") -> list[Part]:
     """What the report says, in order."""
     verdict = study.verdict()
     names = {name: name.replace("_", " ") for name in KINDS}
@@ -122,13 +122,13 @@ def compose(study: Study, figures: Sequence[Mapping[str, Any]], notes: str) -> l
         ),
         Heading("How each number was computed"),
         Table(
-            ["Prediction", "Function", "Called with", "Hash of its source", "Interval by", "When"],
+            ["Prediction", "Function", "Called with", "Prompts", "Hash of its source", "Interval by", "When"],
             [_computed(record) for record in study.evidence],
         )
         if study.evidence
         else Paragraph("Nothing was measured yet."),
         Heading("How it was made"),
-        Table(["", ""], _made(study)),
+        Table(["", ""], _made(study, command)),
     ]
     return parts
 
@@ -154,17 +154,20 @@ def _value(record: Evidence) -> str:
 
 def _computed(record: Evidence) -> list[str]:
     return [
-        record.prediction, record.function, record.arguments or "–", record.source_hash,
+        record.prediction, record.function, record.arguments or "–",
+        f"{record.prompts}, {record.explored} of them explored before" if record.prompts else "not known",
+        record.source_hash,
         record.method or ("–" if record.low is None else "not said"), record.at,
     ]  # fmt: skip
 
 
-def _made(study: Study) -> list[list[str]]:
+def _made(study: Study, command: str) -> list[list[str]]:
     rows = [
         ["Model", study.model],
         ["Seed", str(study.seed)],
         ["Plan locked", study.locked_at or "not locked"],
         ["Hash of the plan", study.hash or "–"],
+        ["Explored before", f"{len(study.explored)} prompts" if study.explored else "no prompts were named"],
     ]
     for number, here in enumerate(study.environments, start=1):
         tag = f" ({number})" if len(study.environments) > 1 else ""
@@ -175,6 +178,8 @@ def _made(study: Study) -> list[list[str]]:
             [f"Versions{tag}", versions],
             [f"Commit{tag}", str(here.get("commit") or "not known")],
         ]
+    if command:
+        rows.append(["To run it again", f"{command} (in the repository, at the commit above)"])
     return rows
 
 

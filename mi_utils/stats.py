@@ -1,11 +1,13 @@
 """Statistics over prompts: intervals, tests and sizes for what the techniques measured.
 
 One prompt is one observation. Prompts that share a template or a name are alike, so read an interval as "over prompts
-drawn the way these were drawn", and hold back templates and names to learn what lies beyond them.
+drawn the way these were drawn", and hold back templates and names to learn what lies beyond them
+(:func:`split_prompts`). Where many cells are looked at, chance finds some: :func:`max_statistic` says which remain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -118,10 +120,7 @@ def sign_flip_test(values: ArrayLike | xr.DataArray, seed: int = 0) -> TestResul
     if not values.any():
         raise ValueError("All values are exactly 0: nothing was measured, so there is nothing to test.")
     n = len(values)
-    if n <= EXACT_UP_TO:
-        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    else:
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, n))
+    signs = _signs(n, seed)
     # Sums that are equal on paper differ in the last bits.
     reached = np.abs(signs @ values) >= abs(values.sum()) - 1e-9 * np.abs(values).sum()
     if n <= EXACT_UP_TO:
@@ -171,6 +170,297 @@ def effect_size(values: ArrayLike | xr.DataArray, confidence: float = 0.95) -> E
     return Estimate(d, end(1 - tail, -step), end(tail, step), n, confidence, "noncentral t")
 
 
+def max_statistic(
+    result: xr.DataArray | ArrayLike, dim: str = "prompt", seed: int = 0, *, null: float = 0.0
+) -> xr.Dataset:
+    """Test every cell of a sweep, two-sided, and correct for having looked at all of them.
+
+    Signs are flipped prompt by prompt, the same way in all cells, so that cells that go together stay together. Each
+    cell's statistic is its sum over prompts divided by the root of its sum of squares: Student's t, up to a monotone
+    map that no flip changes. A cell's ``p_value`` compares it with its own flips; its ``p_corrected`` with the largest
+    statistic of *any* cell in each flip. The chance that a sweep without any effect has even one ``p_corrected`` at or
+    below 0.05 is 0.05, however many cells it has and however they hang together.
+
+    Args:
+        result: over ``dim`` and any others. A plain array has its prompts along the first axis.
+        null: the value without effect. 0 for a denoising sweep or an attribution, 1 for a noising sweep or an
+            ablation, where 1 means that nothing happened.
+
+    Returns:
+        ``mean`` (in the units of the result), ``p_value`` and ``p_corrected`` over the remaining dimensions. Cells that
+        are exactly ``null`` on every prompt have p-values of 1.
+
+    What it does not show: how large an effect is, or that it would be there with other prompts than such as these.
+    It takes for granted that without effect a prompt's values might as well have the opposite sign, all of them.
+
+    Raises:
+        ValueError: fewer than 6 prompts, missing values, ``dim`` not there, or every value exactly ``null``.
+
+    Source: Westfall and Young 1993, "Resampling-Based Multiple Testing"; Nichols and Holmes 2002 for images.
+    """
+    import xarray as xr
+
+    if not isinstance(result, xr.DataArray):
+        array = np.asarray(result, dtype=float)
+        result = xr.DataArray(array, dims=[dim, *(f"dim_{i}" for i in range(1, array.ndim))][: array.ndim])
+    if dim not in result.dims:
+        raise ValueError(f"The result has no dimension {dim!r}: it has {', '.join(map(str, result.dims))}.")
+    result = result.transpose(dim, ...)
+    values = np.asarray(result, dtype=float)
+    _check_values(values, at_least=6)
+    rest, n = values.shape[1:], len(values)
+    centred = values.reshape(n, -1) - null
+    length = np.sqrt((centred**2).sum(axis=0))
+    if not length.any():
+        raise ValueError(f"All values are exactly {null:g}: nothing was measured, so there is nothing to test.")
+    unit = centred / np.where(length > 0, length, 1.0)
+    measured = np.abs(unit.sum(axis=0)) - 1e-9  # sums that are equal on paper differ in the last bits
+    alone, anywhere, count = np.zeros(unit.shape[1]), np.zeros(unit.shape[1]), 0
+    signs = _signs(n, seed)
+    for part in np.array_split(signs, max(1, len(signs) * unit.shape[1] // 4_000_000)):  # a few dozen MB at a time
+        flipped = np.abs(part @ unit)
+        alone += (flipped >= measured).sum(axis=0)
+        largest = np.sort(flipped.max(axis=1))
+        anywhere += len(part) - np.searchsorted(largest, measured)
+        count += len(part)
+    added = 0 if n <= EXACT_UP_TO else 1  # of all flips the one measured is one
+    p_values = {
+        "p_value": (alone + added) / (count + added),
+        "p_corrected": np.where(length > 0, (anywhere + added) / (count + added), 1.0),
+    }
+    template = _without(result, dim)
+    data = {"mean": template.copy(data=values.mean(axis=0))}
+    data |= {name: template.copy(data=p.reshape(rest)).rename(name) for name, p in p_values.items()}
+    attrs = dict(result.attrs) | {
+        "quantity": result.name, "n": n, "null": null, "cells": int((length > 0).sum()),
+        "method": "exact sign flips" if n <= EXACT_UP_TO else f"{RESAMPLES} random sign flips",
+    }  # fmt: skip
+    return xr.Dataset(data, attrs=attrs)
+
+
+def superiority(
+    values: ArrayLike | xr.DataArray, others: ArrayLike | xr.DataArray, confidence: float = 0.95
+) -> Estimate:
+    """Chance that a random one of ``values`` is larger than a random one of ``others`` (a tie counts one half).
+
+    An effect size for two groups that takes no scale for granted: 0.5 where they are alike, 1 where each of the values
+    is larger than all others. Also called the probability of superiority, or the area under the ROC curve.
+
+    Raises:
+        ValueError: fewer than 5 values in a group, missing values, or groups without any spread and overlap (the
+            interval is then not defined: report that the groups do not overlap).
+
+    Source: Brunner and Munzel 2000, as in statsmodels' ``rank_compare_2indep``.
+    """
+    from statsmodels.stats.nonparametric import rank_compare_2indep
+
+    _check_confidence(confidence)
+    values, others = _vector(values, at_least=5), _vector(others, at_least=5, what="others")
+    if values.min() > others.max() or values.max() < others.min():
+        side = "larger" if values.min() > others.max() else "smaller"
+        raise ValueError(
+            f"All {len(values)} values are {side} than all {len(others)} others: the chance is at its end, and an "
+            "interval from ranks is not defined. Report that the groups do not overlap, and the difference of means."
+        )
+    if not (np.ptp(values) or np.ptp(others)):
+        raise ValueError("All values and all others are the same number: there is nothing to compare.")
+    compared = rank_compare_2indep(values, others)
+    low, high = (min(1.0, max(0.0, float(end))) for end in compared.conf_int(alpha=1 - confidence))
+    return Estimate(float(compared.prob1), low, high, len(values) + len(others), confidence, "Brunner-Munzel")
+
+
+class Split(NamedTuple):
+    """Numbers of the prompts in two parts that share no label, and of those that had to be left out."""
+
+    discovery: list[int]
+    confirmation: list[int]
+    dropped: list[int]
+
+
+def split_prompts(
+    prompts: Any, by: Sequence[str] = ("template", "entity"), seed: int = 0, *, tries: int = 300
+) -> Split:
+    """Part prompts into those to find something on and those to confirm it on, with no template or entity in both.
+
+    Each label goes to one side as a whole. A prompt is kept where all its labels are on one side; with two kinds of
+    labels that are crossed many prompts fall between the two and are dropped, so make four to eight times as many
+    as you need. Of ``tries`` random divisions the one is taken whose smaller side is largest. It looks at labels
+    only, never at results.
+
+    Args:
+        prompts: ``PromptPairs`` (entities are the two answers), a labelled result with the coordinates over
+            ``prompt``, or a mapping from kind to one label a prompt, ``{"template": [...], "entity": [("Mary",
+            "John"), ...]}``. A tuple, list or set is several labels.
+        by: kinds of labels that must not be shared.
+
+    Returns:
+        Numbers that ``pairs[split.discovery]`` and ``result.isel(prompt=split.discovery)`` take.
+
+    Raises:
+        ValueError: a kind of label that is not there, or labels that leave one side empty, such as a single template.
+    """
+    labels = [_labels_of(prompts, kind) for kind in by]
+    if not labels:
+        raise ValueError("by is empty: name at least one kind of label, such as 'template'.")
+    if len({len(each) for each in labels}) > 1:
+        raise ValueError(f"Different numbers of labels: {dict(zip(by, map(len, labels), strict=True))}.")
+    n, rng = len(labels[0]), np.random.default_rng(seed)
+    kinds = [sorted({label for own in each for label in own}) for each in labels]
+    # [prompt, label] of each kind: does the prompt carry the label?
+    carries = [
+        np.array([[label in own for label in names] for own in each]) for names, each in zip(kinds, labels, strict=True)
+    ]
+    best: np.ndarray | None = None
+    most = 0
+    for _ in range(tries):
+        first, second = np.ones(n, dtype=bool), np.ones(n, dtype=bool)
+        for table in carries:
+            side = rng.permutation(table.shape[1]) < rng.integers(1, max(2, table.shape[1]))
+            first &= ~(table & ~side).any(axis=1)
+            second &= ~(table & side).any(axis=1)
+        if (smaller := min(first.sum(), second.sum())) > most:
+            best, most = np.where(first, 0, np.where(second, 1, 2)), smaller
+    if best is None:
+        counts = ", ".join(f"{len(names)} of kind {kind!r}" for kind, names in zip(by, kinds, strict=True))
+        raise ValueError(
+            f"No division of these {n} prompts leaves two sides without a common label ({counts}): use more prompts, "
+            "more templates and names, or fewer kinds of labels."
+        )
+    return Split(*(np.flatnonzero(best == side).tolist() for side in (0, 1, 2)))
+
+
+def agreement(
+    results: Mapping[str, xr.DataArray | ArrayLike], *, top: int = 3, cells: str = "same", dim: str = "prompt"
+) -> xr.Dataset:
+    """How well sweeps agree, two by two: of several ablation types, prompt seeds, metrics, or networks.
+
+    Args:
+        results: under their names; over the same cells, with or without prompts (the mean over them is taken).
+        top: how many of the largest cells to compare.
+        cells: "same" compares cell with cell and belongs to one network. "sorted" compares the sorted values, for
+            networks trained from different seeds, whose heads of the same number have nothing to do with each other.
+
+    Returns:
+        Over ``a`` and ``b``: ``correlation`` (Spearman's, of the cells' means), ``overlap`` (share of the ``top``
+        largest cells that both have; for "sorted" of their sum that is common to both), ``difference`` (largest
+        absolute one), ``same_sign`` (share of the cells that are not zero in both).
+
+    Raises:
+        ValueError: fewer than two results, results over other cells, too few cells, or an unknown ``cells``.
+    """
+    import xarray as xr
+    from scipy.stats import spearmanr
+
+    if cells not in ("same", "sorted"):
+        raise ValueError(f"Unknown cells {cells!r}: use 'same' (one network) or 'sorted' (networks of other seeds).")
+    if len(results) < 2:
+        raise ValueError("Agreement needs at least two results.")
+    means = {}
+    for name, result in results.items():
+        if isinstance(result, xr.DataArray):
+            result = result.mean(dim) if dim in result.dims else result
+            first = next((m for m in means.values() if isinstance(m, xr.DataArray)), None)
+            if first is not None and set(result.dims) == set(first.dims):
+                result = result.transpose(*first.dims)
+        means[str(name)] = result
+    arrays = {name: np.asarray(mean, dtype=float) for name, mean in means.items()}
+    if len({array.shape for array in arrays.values()}) > 1:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"The results are over different cells: {shapes}.")
+    flat = {name: array.ravel() for name, array in arrays.items()}
+    size = len(next(iter(flat.values())))
+    if not 1 <= top <= size or size < 3:
+        raise ValueError(f"{size} cells, top={top}: at least 3 cells are needed, and top lies between 1 and that.")
+    for array in flat.values():
+        _check_values(array, at_least=3, what="cells")
+    if cells == "sorted":
+        flat = {name: np.sort(array)[::-1] for name, array in flat.items()}
+    names = list(flat)
+    table = {key: np.eye(len(names)) for key in ("correlation", "overlap", "same_sign")}
+    table["difference"] = np.zeros((len(names), len(names)))
+    for i, a in enumerate(names):
+        for j, b in enumerate(names[:i]):
+            x, y = flat[a], flat[b]
+            same = float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else np.nan
+            either = (x != 0) | (y != 0)
+            if cells == "same":
+                leading = [set(np.argsort(-values, kind="stable")[:top].tolist()) for values in (x, y)]
+                shared = len(leading[0] & leading[1]) / top
+            else:
+                x_top, y_top = np.maximum(x[:top], 0), np.maximum(y[:top], 0)
+                shared = float(np.minimum(x_top, y_top).sum() / max(np.maximum(x_top, y_top).sum(), 1e-12))
+            pair = {
+                "correlation": same, "overlap": shared, "difference": float(np.abs(x - y).max()),
+                "same_sign": float((np.sign(x) == np.sign(y))[either].mean()) if either.any() else 1.0,
+            }  # fmt: skip
+            for key, value in pair.items():
+                table[key][i, j] = table[key][j, i] = value
+    coords = {"a": names, "b": names}
+    data = {key: (("a", "b"), values) for key, values in table.items()}
+    return xr.Dataset(data, coords=coords, attrs={"cells": cells, "top": top})
+
+
+class Between(NamedTuple):
+    """One measurement made in several networks, or in several ways.
+
+    Attributes:
+        estimates: of each, under its name.
+        pooled: mean over them, with an interval for *another* one drawn like these (a prediction interval is wider
+            still). Needs no common true value.
+        smallest, largest: names of the two ends.
+        i_squared: share of the spread between them that sampling of prompts does not explain, 0 … 1.
+        p_value: of Cochran's Q, that they have a common true value.
+        same_sign: whether all intervals lie on one side of zero.
+    """
+
+    estimates: dict[str, Estimate]
+    pooled: Estimate
+    smallest: str
+    largest: str
+    i_squared: float
+    p_value: float
+    same_sign: bool
+
+
+def between(values: Mapping[str, ArrayLike | xr.DataArray], confidence: float = 0.95, seed: int = 0) -> Between:
+    """One measurement over training seeds, ablation types or prompt sets: what they share, and whether they differ.
+
+    The prompts of one network are no sample of networks. The pooled interval therefore counts each network once, by a
+    random-effects model with the Hartung-Knapp interval; with three networks it is wide, and rightly so.
+
+    Args:
+        values: one number a prompt for each network, or each kind.
+
+    Raises:
+        ValueError: fewer than two, or what :func:`bootstrap_interval` refuses.
+
+    Source: DerSimonian and Laird 1986, Hartung and Knapp 2001, as in statsmodels' ``combine_effects``.
+    """
+    from statsmodels.stats.meta_analysis import combine_effects
+
+    if len(values) < 2:
+        raise ValueError("One network says nothing about others: give at least two.")
+    estimates = {str(name): bootstrap_interval(each, confidence, seed) for name, each in values.items()}
+    means = np.array([estimate.value for estimate in estimates.values()])
+    errors = np.array([np.var(np.asarray(each, dtype=float), ddof=1) / len(each) for each in values.values()])
+    if not errors.all():
+        flat = [name for name, error in zip(estimates, errors, strict=True) if not error]
+        raise ValueError(f"All values of {', '.join(flat)} are the same: their mean has no error to weigh it by.")
+    combined = combine_effects(means, errors, method_re="dl", alpha=1 - confidence)
+    q = combined.test_homogeneity()
+    # rows of conf_int: fixed and random effects, each by the model and by Hartung and Knapp
+    low, high = combined.conf_int(alpha=1 - confidence, use_t=True)[3]
+    pooled = Estimate(
+        float(combined.mean_effect_re), float(low), float(high), len(means), confidence, "random effects, Hartung-Knapp"
+    )
+    names = list(estimates)
+    signs = {np.sign(e.low) if np.sign(e.low) == np.sign(e.high) else 0.0 for e in estimates.values()}
+    return Between(
+        estimates, pooled, names[int(means.argmin())], names[int(means.argmax())], max(0.0, float(combined.i2)),
+        float(q.pvalue), len(signs) == 1 and 0.0 not in signs,
+    )  # fmt: skip
+
+
 def summarise(
     result: xr.DataArray,
     dim: str = "prompt",
@@ -203,11 +493,7 @@ def summarise(
     rest = values.shape[1:]
     weights = None if weights is None else _vector(weights, at_least=2, what="weights")
     ends = _bootstrap_t(values.reshape(len(values), -1), weights, confidence, seed)
-    template = result.isel({dim: 0}, drop=True).reset_coords(drop=True)
-    # Coordinates that belonged to single prompts (template, clean, ...) say nothing about the mean.
-    template = template.assign_coords(
-        {name: c for name, c in result.coords.items() if dim not in c.dims and name not in template.coords}
-    )
+    template = _without(result, dim)
     names = ("mean", "low", "high")
     data = {n: template.copy(data=e.reshape(rest)).rename(n) for n, e in zip(names, ends, strict=True)}
     attrs = dict(result.attrs) | {"quantity": result.name, "n": len(values), "confidence": confidence}
@@ -238,6 +524,39 @@ def pooled_effect(effect: xr.DataArray) -> xr.DataArray:
     gap = effect["clean"] - effect["corrupted"]
     _check_weights(np.asarray(gap, dtype=float))
     return ((effect * gap).sum("prompt") / gap.sum("prompt")).assign_attrs(effect.attrs).rename(effect.name)
+
+
+def _without(result: xr.DataArray, dim: str) -> xr.DataArray:
+    """One cell of a dimension as a template for results over the others."""
+    template = result.isel({dim: 0}, drop=True).reset_coords(drop=True)
+    # Coordinates that belonged to single prompts (template, clean, ...) say nothing about the mean.
+    return template.assign_coords(
+        {name: c for name, c in result.coords.items() if dim not in c.dims and name not in template.coords}
+    )
+
+
+def _signs(n: int, seed: int) -> Float[np.ndarray, "flip n"]:
+    """All patterns of signs where they are few, otherwise so many random ones."""
+    if n <= EXACT_UP_TO:
+        return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    return np.random.default_rng(seed).choice([-1.0, 1.0], size=(RESAMPLES, n))
+
+
+def _labels_of(prompts: Any, kind: str) -> list[frozenset]:
+    """The labels of a kind that each prompt carries."""
+    if isinstance(prompts, Mapping) and kind in prompts:
+        found = prompts[kind]
+    elif hasattr(prompts, "coords") and kind in prompts.coords:
+        found = prompts.coords[kind].values.tolist()
+    elif kind == "entity" and hasattr(prompts, "correct"):
+        found = list(zip(prompts.correct, prompts.incorrect, strict=True))
+    elif kind != "entity" and isinstance(getattr(prompts, kind, None), tuple):
+        found = getattr(prompts, kind)
+    else:
+        there = prompts if isinstance(prompts, Mapping) else getattr(prompts, "coords", ())
+        known = ", ".join(map(str, there)) or "of PromptPairs template and entity"
+        raise ValueError(f"These prompts have no labels of kind {kind!r}; there are: {known}.")
+    return [frozenset(own if isinstance(own, tuple | list | set | frozenset) else [own]) for own in found]
 
 
 def _bootstrap_t(

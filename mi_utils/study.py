@@ -2,7 +2,8 @@
 
 A plan is locked under a hash before there is any evidence, and cannot be changed afterwards. Evidence is computed by a
 function that is handed over, never typed in. The verdict needs all five kinds of evidence (:data:`KINDS`), and says
-which are missing. Nothing that was measured can be taken back: results that speak against the hypothesis stay.
+which are missing. Nothing that was measured can be taken back: results that speak against the hypothesis stay. Prompts
+on which something was found are told to the study, and held-out evidence from any of them is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import hashlib
 import inspect
 import json
 import math
+import shlex
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from mi_utils.prompts import PromptPairs
 
 KINDS = {
     "causal": "an intervention on the model changes the behaviour as predicted",
@@ -48,7 +53,11 @@ class PlanChanged(StudyError):
 
 
 class EvidenceRefused(StudyError):
-    """What was offered is not evidence: typed in, not a measurement, or not foreseen in the plan."""
+    """What was offered is not evidence: typed in, not a measurement, not foreseen in the plan, or not held out."""
+
+
+class VerdictRefused(StudyError):
+    """A final verdict was asked for while evidence is missing."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,8 @@ class Evidence:
     arguments: str
     environment: int  # index into the study's environments
     at: str
+    prompts: int = 0  # different prompts (clean and corrupted) of the pairs used; 0 where no pairs were used
+    explored: int = 0  # of these, how many had been explored before
     seal: str = ""
 
     def sealed(self, before: str) -> str:
@@ -141,6 +152,18 @@ class Verdict:
             parts.append("does not hold: " + ", ".join(self.failed))
         return "; ".join(parts)
 
+    @property
+    def reason(self) -> str:
+        """The verdict's grounds in sentences."""
+        kinds = [name for name in self.missing if name in KINDS]
+        predictions = [name for name in self.missing if name not in KINDS]
+        parts = [f"Nothing shows that {KINDS[kind]} (kind {kind!r})." for kind in kinds]
+        if predictions:
+            parts.append(f"Not measured: {', '.join(predictions)}.")
+        if self.failed:
+            parts.append(f"Does not hold: {', '.join(self.failed)}.")
+        return " ".join(parts) or "Every prediction holds, and all five kinds of evidence are there."
+
 
 class ChecklistRow(NamedTuple):
     """One line of the quality checklist, filled in from the study itself."""
@@ -163,8 +186,9 @@ class Study:
         model: name of the model, as given to ``load_model``.
         seed: seed of prompts and resampling.
 
-    Usage: ``study.lock()`` before any result, ``study.add(prediction, function, ...)`` for each measurement,
-    ``study.verdict()``, ``study.report(path)``; ``study.save(path)`` and ``Study.load(path)`` between notebooks.
+    Usage: ``study.lock()`` before any result, ``study.explore(pairs)`` for the prompts on which something is looked
+    for, ``study.add(prediction, function, ...)`` for each measurement, ``study.conclude()``, ``study.report(path)``;
+    ``study.save(path)`` and ``Study.load(path)`` between notebooks.
 
     Raises:
         StudyError: an empty text, no predictions, or two of the same name.
@@ -185,6 +209,7 @@ class Study:
         self._locked_at: str | None = None
         self._evidence: list[Evidence] = []
         self._environments: list[dict[str, Any]] = []
+        self._explored: list[str] = []
         self.question = question
         self.hypothesis = hypothesis
         self.predictions = predictions
@@ -250,6 +275,11 @@ class Study:
         """The machines and versions on which evidence was computed."""
         return tuple(self._environments)
 
+    @property
+    def explored(self) -> tuple[str, ...]:
+        """Prompts on which something was looked for, in order."""
+        return tuple(self._explored)
+
     def prediction(self, name: str) -> Prediction:
         """The prediction of that name.
 
@@ -263,6 +293,26 @@ class Study:
         raise EvidenceRefused(f"The plan has no prediction {name!r}. It has: {names}.")
 
     # ------------------------------------------------------------------------------------------------- evidence
+
+    def explore(self, prompts: PromptPairs | Iterable[str]) -> int:
+        """Say which prompts are looked at to find something. From then on they cannot be held-out evidence.
+
+        Args:
+            prompts: pairs (their clean and corrupted prompts both count), or texts.
+
+        Returns:
+            How many prompts have been explored in all.
+
+        Raises:
+            StudyError: a single text in place of several, or what is no text.
+        """
+        if isinstance(prompts, str):
+            raise StudyError("Give a list of prompts, or PromptPairs, not a single text.")
+        texts = (*prompts.clean, *prompts.corrupted) if hasattr(prompts, "corrupted") else tuple(prompts)
+        for text in texts:
+            _need_text("An explored prompt", text)
+        self._explored = list(dict.fromkeys([*self._explored, *texts]))
+        return len(self._explored)
 
     def add(self, prediction_name: str, function: Callable, *args: Any, **kwargs: Any) -> Evidence:
         """Compute one measurement and record it under its prediction.
@@ -282,7 +332,7 @@ class Study:
         Raises:
             EvidenceRefused: the plan is not locked or has no such prediction; a number in place of a function; a
                 function that depends on nothing; an outcome that is not one finite number; an effect size without
-                interval.
+                interval; held-out evidence that used a prompt which was explored.
             PlanChanged: the plan is not what was locked.
         """
         if self._hash is None:
@@ -293,7 +343,18 @@ class Study:
         # Names and hashes before the call: the function might change what it was given.
         name, source_hash = _qualified_name(function), _source_hash(function)
         arguments = _describe_arguments(args, kwargs)
-        value, low, high, n, method = _read_outcome(prediction_name, function(*args, **kwargs))
+        from mi_utils.prompts import watch_prompts
+
+        with watch_prompts() as used:
+            outcome = function(*args, **kwargs)
+        value, low, high, n, method = _read_outcome(prediction_name, outcome)
+        known = used & set(self._explored)
+        if prediction.kind == "held_out" and known:
+            raise EvidenceRefused(
+                f"{prediction_name}: {len(known)} of the {len(used)} prompts it was measured on were explored before, "
+                f"such as {min(known)!r}. What was found on a prompt is no surprise there. Measure on prompts that "
+                "played no part: another split, other templates and names (stats.split_prompts)."
+            )
         if prediction.kind == "effect_size" and low is None:
             raise EvidenceRefused(
                 f"{prediction_name}: an effect size needs an interval. Let the function return "
@@ -307,7 +368,7 @@ class Study:
                 return earlier
         record = Evidence(
             prediction_name, value, low, high, n, method, name, source_hash, arguments,
-            self._environment(), _now(),
+            self._environment(), _now(), len(used), len(known),
         )  # fmt: skip
         record = replace(record, seal=record.sealed(self._last_seal()))
         self._evidence.append(record)
@@ -336,6 +397,35 @@ class Study:
         status = "incomplete" if missing else "not supported" if failed else "supported"
         return Verdict(status, missing, failed)
 
+    def conclude(self, directory: str | Path = "build/runs", tracking: str = "json") -> Verdict:
+        """The final verdict, added to the log of runs whatever it is.
+
+        Args:
+            directory, tracking: of the log; see :func:`mi_utils.runlog.log_run`. "wandb" copies it there as well.
+
+        Raises:
+            VerdictRefused: a kind of evidence or a prediction's measurement is missing; says which.
+            PlanChanged: plan or evidence were tampered with.
+        """
+        verdict = self.verdict()
+        if self._hash is None:
+            raise VerdictRefused("No verdict: the plan is not locked, and nothing was measured.")
+        if verdict.missing:
+            raise VerdictRefused(f"No verdict: {verdict.reason} Measure it, or report the study as incomplete.")
+        from mi_utils import runlog
+
+        parameters = {
+            "model": self.model, "seed": self.seed, "plan": self._hash[:12], "hypothesis": self.hypothesis,
+            "predictions": {prediction.name: str(prediction) for prediction in self.predictions},
+        }  # fmt: skip
+        measured: dict[str, list[dict[str, Any]]] = {}
+        for record in self._evidence:
+            one = {"value": record.value, "low": record.low, "high": record.high, "n": record.n}
+            measured.setdefault(record.prediction, []).append(one)
+        results = {"verdict": verdict.status, "failed": verdict.failed, "measured": measured}
+        runlog.log_run(self.question, parameters, results, directory=directory, tracking=tracking)
+        return verdict
+
     def checklist(self) -> list[ChecklistRow]:
         """The quality checklist, every line filled in from what the study holds."""
         verdict = self.verdict()
@@ -361,6 +451,18 @@ class Study:
                 "not measured: " + ", ".join(unmeasured) if unmeasured else f"all {len(kinds_of)}",
             )
         )
+        held_out = [record for record in self._evidence if kinds_of[record.prediction] == "held_out"]
+        unknown = [record.prediction for record in held_out if not record.prompts]
+        rows.append(
+            ChecklistRow(
+                "No held-out prompt was among those explored",
+                bool(held_out) and bool(self._explored) and not unknown,
+                "nothing measured" if not held_out
+                else "no explored prompts were named: study.explore(pairs)" if not self._explored
+                else "prompts not known (no PromptPairs were used): " + ", ".join(dict.fromkeys(unknown)) if unknown
+                else f"{sum(r.prompts for r in held_out)} held out, {len(self._explored)} explored, 0 in both",
+            )
+        )  # fmt: skip
         bare = [record.prediction for record in self._evidence if record.low is None]
         rows.append(
             ChecklistRow(
@@ -396,14 +498,20 @@ class Study:
     def save(self, path: str | Path) -> Path:
         """Write plan, hash and evidence as JSON.
 
+        A file that holds another locked plan, or evidence that this study does not have, is not overwritten: it is
+        set aside as ``<name>-<hash of its plan>.json``. A study that failed does not vanish because a better one came
+        after it.
+
         Raises:
             PlanChanged: plan or evidence were tampered with.
         """
         self._check_plan()
         path = Path(path)
+        self._set_aside(path)
         raw = {
             "plan": self.plan(), "hash": self._hash, "locked_at": self._locked_at,
             "evidence": [asdict(record) for record in self._evidence], "environments": self._environments,
+            "explored": self._explored,
         }  # fmt: skip
         raw["seal"] = _sha256(raw)  # over the times and machines as well, which the other hashes leave out
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,6 +535,7 @@ class Study:
             study = cls(**plan | {"predictions": predictions})
             study._evidence = [Evidence(**record) for record in raw["evidence"]]
             study._environments = list(raw["environments"])
+            study._explored = list(raw["explored"])
             study._locked_at = raw["locked_at"]
             study._hash = raw["hash"]
             seal = raw.pop("seal")
@@ -440,7 +549,9 @@ class Study:
             )
         return study
 
-    def report(self, path: str | Path, figures: Sequence[Any] = (), notes: str = "") -> Path:
+    def report(
+        self, path: str | Path, figures: Sequence[Any] = (), notes: str = "", *, command: str | None = None
+    ) -> Path:
         """Write the report for a stranger: ``.html`` (one file, nothing loaded from outside) and ``.md`` beside it.
 
         Args:
@@ -448,6 +559,7 @@ class Study:
             figures: plotly figures, as made by ``mi_utils.plots``.
             notes: what else a reader should know (limits, counterexamples); plain text, an empty line between
                 paragraphs.
+            command: the one command that runs the study again; by default the course's, with this model and seed.
 
         Returns:
             The HTML file.
@@ -458,9 +570,29 @@ class Study:
         from mi_utils import report
 
         self._check_plan()
-        return report.write(self, Path(path), figures, notes)
+        command = command or f"python -m mi_utils run --fresh --model {shlex.quote(self.model)} --seed {self.seed}"
+        return report.write(self, Path(path), figures, notes, command)
 
     # ------------------------------------------------------------------------------------------------- details
+
+    def _set_aside(self, path: Path) -> None:
+        """Move an earlier study out of the way that would be lost otherwise."""
+        if not path.is_file():
+            return
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            seals = [record["seal"] for record in raw["evidence"]]
+            plan_hash = raw["hash"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise StudyError(f"{path} is no saved study and is not overwritten: choose another name.") from error
+        mine = [record.seal for record in self._evidence]
+        if plan_hash is None or (plan_hash == self._hash and mine[: len(seals)] == seals):
+            return
+        number, aside = 1, path.with_name(f"{path.stem}-{plan_hash[:8]}{path.suffix}")
+        while aside.exists() and aside.read_bytes() != path.read_bytes():
+            number += 1
+            aside = path.with_name(f"{path.stem}-{plan_hash[:8]}-{number}{path.suffix}")
+        path.replace(aside)
 
     def _environment(self) -> int:
         """Index of this process's environment, added when it is new."""

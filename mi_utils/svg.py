@@ -167,6 +167,8 @@ class _Picture:
     def _legend(self) -> Iterator[str]:
         at = self.left
         for trace in self.traces:
+            if not trace.get("showlegend", trace["type"] == "scatter"):
+                continue
             tone = trace["marker"]["color"]
             yield _marker(trace["marker"], at + 5, self.top - 14, 5, tone)
             yield _text(at + 15, self.top - 10, trace["name"])
@@ -265,10 +267,12 @@ def text_width(text: str) -> float:
 
 
 def _marker(marker: Mapping[str, Any], x: float, y: float, size: float, tone: str, opacity: float = 1) -> str:
+    edge = marker.get("line")  # of marks that lie on a coloured ground
+    rim = f' stroke="{edge["color"]}" stroke-width="{edge["width"]}"' if edge else ""
     if marker.get("symbol") == "diamond":
         points = f"{x:.1f},{y - size:.1f} {x + size:.1f},{y:.1f} {x:.1f},{y + size:.1f} {x - size:.1f},{y:.1f}"
-        return f'<polygon points="{points}" fill="{tone}"/>'
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{tone}" fill-opacity="{opacity}"/>'
+        return f'<polygon points="{points}" fill="{tone}"{rim}/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{tone}" fill-opacity="{opacity}"{rim}/>'
 
 
 def _plain(text: str) -> str:

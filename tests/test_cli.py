@@ -86,6 +86,20 @@ def test_runs_without_any_run_says_so(command_line):
     assert status == 0 and "No course run" in output
 
 
+def test_runs_lists_and_compares_studies(command_line, tmp_path, monkeypatch):
+    from test_study import filled
+
+    monkeypatch.setattr("mi_utils.study._environment", lambda: {"commit": "c0ffee"})
+    filled().save(tmp_path / "build" / "study" / "one" / "study.json")
+    filled(seeds=0.1).save(tmp_path / "build" / "study" / "two" / "study.json")
+    status, output = command_line("runs")
+    assert status == 0 and "study/one/study" in output and "not supported" in output and "p seeds" in output
+    status, output = command_line("runs", "one", "two")
+    assert status == 0 and "p seeds >= 0.5" in output and "holds" in output and "fails" in output
+    status, output = command_line("runs", "one", "three")
+    assert status == 2 and "study/two/study" in output
+
+
 def test_estimate_prints_memory_and_tool(command_line):
     status, output = command_line("estimate", "gpt2-small", "--batch", "8")
     assert status == 0 and "124" in output and "iB" in output and "TransformerLens" in output

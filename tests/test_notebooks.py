@@ -20,7 +20,7 @@ from mi_utils import course, guard
 ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent
 NOTEBOOKS = course.list_notebooks(ROOT / "notebooks")
-CASE_STUDY = ["01", "02", "03", "04", "05"]
+CASE_STUDY = ["00", "01", "02", "03", "04", "05"]
 CELL_TIMEOUT = 600
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

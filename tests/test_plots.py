@@ -123,6 +123,28 @@ def test_a_figure_drawn_elsewhere_has_no_still_picture():
 # ------------------------------------------------------------------------------------------------ heat maps
 
 
+def test_a_map_shows_what_is_significant_by_itself_and_what_is_left_after_correction(effect):
+    tested = stats.max_statistic(effect)
+    tested["p_value"][0, 1], tested["p_corrected"][0, 1] = 0.03, 0.4  # by itself only
+    figure = plots.heatmap(effect, significance=tested)
+    _, alone, corrected = figure.data
+    assert (1.36, 0.27) in zip(alone.x, alone.y, strict=True)
+    assert list(zip(corrected.x, corrected.y, strict=True)) == [(3.36, 1.27)]
+    assert f"{len(corrected.x)} of 21" in corrected.name and "corrected" in corrected.name
+    shown = texts(figure)
+    assert alone.name in shown and corrected.name in shown
+    still = ET.fromstring(svg.draw(figure.to_dict()))
+    assert len(list(still.iter(f"{SVG}circle"))) == len(alone.x) + 1  # and one in the legend
+    diamonds = list(still.iter(f"{SVG}polygon"))
+    assert len(diamonds) == 2 and diamonds[0].get("stroke") == "#ffffff", "seen on a dark cell, too"
+    turned = plots.heatmap(effect, significance=tested.transpose("pos", "layer"))
+    assert turned.data[2].x == corrected.x
+    with pytest.raises(ValueError, match="test the result that is shown"):
+        plots.heatmap(effect, significance=tested.isel(pos=slice(2)))
+    with pytest.raises(ValueError, match="max_statistic"):
+        plots.heatmap(effect, significance=stats.summarise(effect))
+
+
 def test_an_effect_is_averaged_and_centred_on_zero(effect):
     figure = plots.heatmap(effect)
     (trace,) = figure.data

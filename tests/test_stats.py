@@ -24,10 +24,14 @@ def patching_result(effect, clean=None, corrupted=None):
 
 def test_the_interval_covers_a_planted_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    samples = rng.exponential(2.0, size=(400, 40))  # skewed, mean 2
-    summary = stats.summarise(xr.DataArray(samples.T, dims=("prompt", "try")))
-    covered = ((summary["low"] <= 2.0) & (2.0 <= summary["high"])).mean().item()
-    assert 0.90 <= covered <= 0.97
+    for n, draw, mean in (
+        (24, lambda size: rng.normal(0.6, 0.4, size), 0.6),
+        (24, lambda size: rng.gamma(3.0, 0.2, size), 0.6),
+        (40, lambda size: rng.exponential(2.0, size), 2.0),
+    ):
+        summary = stats.summarise(xr.DataArray(draw((n, 2000)), dims=("prompt", "try")))
+        covered = ((summary["low"] <= mean) & (mean <= summary["high"])).mean().item()
+        assert 0.93 <= covered <= 0.97, (n, mean, covered)
 
 
 def test_the_interval_is_near_students_on_normal_values():
@@ -64,6 +68,15 @@ def test_clopper_pearson_against_the_textbook(k, n):
     assert ours.high == pytest.approx(beta.ppf(0.975, k + 1, n - k) if k < n else 1.0, abs=1e-6)
 
 
+def test_clopper_pearson_covers_as_often_as_it_says():
+    from scipy.stats import binom
+
+    intervals = [stats.proportion_interval(k, 400) for k in range(401)]
+    for share in np.linspace(0.05, 0.95, 19):  # the exact chance, from all outcomes there are
+        covered = binom.pmf([k for k, e in enumerate(intervals) if e.low <= share <= e.high], 400, share).sum()
+        assert 0.95 <= covered <= 0.97
+
+
 def test_sign_flips_give_uniform_p_under_the_null():
     from scipy.stats import kstest
 
@@ -89,8 +102,8 @@ def test_cohens_d_known_answer_and_coverage():
     values = [1.0, 2.0, 3.0, 4.0, 5.0]
     assert stats.effect_size(values).value == pytest.approx(3 / np.std(values, ddof=1))
     rng = np.random.default_rng(6)
-    intervals = [stats.effect_size(rng.normal(0.8, 1.0, size=20)) for _ in range(200)]
-    assert 0.89 <= np.mean([e.low <= 0.8 <= e.high for e in intervals]) <= 0.99
+    intervals = [stats.effect_size(rng.normal(0.8, 1.0, size=20)) for _ in range(1000)]
+    assert 0.93 <= np.mean([e.low <= 0.8 <= e.high for e in intervals]) <= 0.97
     with pytest.raises(ValueError, match="without spread"):
         stats.effect_size([0.5] * 6)
     with pytest.raises(ValueError, match="at least 5"):
@@ -134,14 +147,15 @@ def test_the_pooled_effect_is_the_ratio_of_means():
     np.testing.assert_allclose(stats.pooled_effect(effect.expand_dims(layer=2, axis=1)), ratio)
 
 
-def test_the_weighted_interval_covers_a_planted_ratio():
+def test_the_weighted_interval_covers_a_planted_ratio(monkeypatch):
     rng = np.random.default_rng(9)
     hits = 0
-    for _ in range(150):
-        gap = rng.gamma(3.0, size=30)
-        interval = stats.bootstrap_interval(0.6 + rng.normal(0, 0.3, size=30) / gap, weights=gap)
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    for _ in range(700):
+        gap = rng.gamma(3.0, size=60)
+        interval = stats.bootstrap_interval(0.6 + rng.normal(0, 0.3, size=60) / gap, weights=gap)
         hits += interval.low <= 0.6 <= interval.high
-    assert 0.89 <= hits / 150 <= 0.99
+    assert 0.93 <= hits / 700 <= 0.97
 
 
 def test_pooling_needs_baselines():
@@ -164,3 +178,194 @@ def test_bad_counts_and_confidence_are_refused():
             stats.proportion_interval(k, n)
     with pytest.raises(ValueError, match="between 0 and 1"):
         stats.bootstrap_interval([1.0, 2.0], confidence=95)
+
+
+# ------------------------------------------------------------------------------------------------ many cells at once
+
+
+def correlated_null(rng, n, cells):
+    """No effect anywhere: cells of very different spread that share what is odd about a prompt; heavy tails."""
+    shared = rng.standard_t(3, size=(n, 1))
+    return shared * rng.normal(size=cells) + rng.standard_t(4, size=(n, cells)) * rng.uniform(0.1, 3, size=cells)
+
+
+def test_the_smallest_corrected_p_of_a_null_sweep_is_uniform():
+    from scipy.stats import kstest
+
+    rng = np.random.default_rng(10)
+    for n in (11, 24):  # all flips, and random ones
+        nulls = [stats.max_statistic(correlated_null(rng, n, 40), seed=i) for i in range(220)]
+        smallest = np.array([float(null["p_corrected"].min()) for null in nulls])
+        assert kstest(smallest, "uniform").pvalue > 0.01
+        assert np.mean(smallest <= 0.05) < 0.10
+        alone = np.array([float(null["p_value"][0]) for null in nulls])
+        assert kstest(alone, "uniform").pvalue > 0.01
+        # Without correction most of these sweeps would "find" something.
+        assert np.mean([float(null["p_value"].min()) <= 0.05 for null in nulls]) > 0.5
+
+
+def test_the_correction_is_that_of_the_definition():
+    values = np.random.default_rng(11).normal(0.3, 1.0, size=(8, 2, 3))
+    ours = stats.max_statistic(values)
+    flat = values.reshape(8, 6)
+
+    def t(sample):
+        return np.abs(sample.mean(0) / (sample.std(0, ddof=1) / np.sqrt(8)))
+
+    signs = np.array(np.meshgrid(*[[1, -1]] * 8)).reshape(8, -1).T
+    flipped = np.array([t(flat * sign[:, None]) for sign in signs])
+    alone = (flipped >= t(flat) - 1e-9).mean(0)
+    corrected = (flipped.max(1)[:, None] >= t(flat) - 1e-9).mean(0)
+    np.testing.assert_allclose(ours["p_value"].values.ravel(), alone)
+    np.testing.assert_allclose(ours["p_corrected"].values.ravel(), corrected)
+    one = stats.sign_flip_test(values[:, 0, 0])
+    assert float(ours["p_value"][0, 0]) == pytest.approx(one.p_value)
+    assert (ours["p_corrected"] >= ours["p_value"]).all()
+
+
+def test_a_planted_cell_is_found_and_cells_without_effect_are_not():
+    effect = np.random.default_rng(12).normal(0, 0.3, size=(24, 3, 5))
+    effect[:, 1, 2] += 0.8
+    effect[:, 0] = 0.0  # nothing differs there, on no prompt
+    found = stats.max_statistic(patching_result(effect))
+    passed = found["p_corrected"] <= 0.05
+    assert bool(passed[1, 2]) and int(passed.sum()) == 1
+    assert (found["p_value"][0] == 1).all() and (found["p_corrected"][0] == 1).all()
+    assert found.attrs["cells"] == 10 and found.attrs["model"] == "planted" and "token" in found.coords
+    np.testing.assert_allclose(found["mean"], effect.mean(0))
+    noising = stats.max_statistic(1 - patching_result(effect), null=1.0)
+    np.testing.assert_allclose(noising["p_corrected"], found["p_corrected"])
+
+
+def test_the_sweep_test_refuses_what_it_cannot_test():
+    for bad, words in (
+        (np.zeros((8, 3)), "nothing was measured"),
+        (np.ones((5, 3)), "at least 6"),
+        (np.full((8, 3), np.nan), "missing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            stats.max_statistic(bad)
+    with pytest.raises(ValueError, match="it has layer"):
+        stats.max_statistic(xr.DataArray(np.ones(8), dims="layer"))
+
+
+def test_superiority_known_answers_and_coverage():
+    from scipy.stats import norm
+
+    ours = stats.superiority([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 2.0, 2.5, 3.5, 4.5])
+    pairs = [(a > b) + 0.5 * (a == b) for a in (1.0, 2.0, 3.0, 4.0, 5.0) for b in (0.0, 2.0, 2.5, 3.5, 4.5)]
+    assert ours.value == pytest.approx(np.mean(pairs)) and ours.low < ours.value < ours.high
+    rng, hits = np.random.default_rng(13), 0
+    truth = norm.cdf(0.8 / np.sqrt(2))
+    for _ in range(1000):
+        estimate = stats.superiority(rng.normal(0.8, 1, size=24), rng.normal(0, 1, size=20))
+        hits += estimate.low <= truth <= estimate.high
+    assert 0.93 <= hits / 1000 <= 0.97
+    with pytest.raises(ValueError, match="do not overlap"):
+        stats.superiority(np.arange(5.0) + 10, np.arange(5.0))
+    with pytest.raises(ValueError, match="same number"):
+        stats.superiority(np.ones(5), np.ones(5))
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+def labels(n, seed=0):
+    rng = np.random.default_rng(seed)
+    names = [f"name {i}" for i in range(12)]
+    return {
+        "template": [f"template {i}" for i in rng.integers(6, size=n)],
+        "entity": [tuple(rng.choice(names, size=2, replace=False).tolist()) for _ in range(n)],
+    }
+
+
+def test_the_two_sides_of_a_split_share_no_template_and_no_entity():
+    given = labels(120)
+    split = stats.split_prompts(given)
+    assert sorted(sum(split, [])) == list(range(120))
+    assert min(len(split.discovery), len(split.confirmation)) >= 10
+    for kind in given:
+        sides = [
+            {label for i in side for label in ([given[kind][i]] if kind == "template" else given[kind][i])}
+            for side in (split.discovery, split.confirmation)
+        ]
+        assert not sides[0] & sides[1], kind
+    assert stats.split_prompts(given) == split and stats.split_prompts(given, seed=1) != split
+    by_template = stats.split_prompts(given, by=["template"])
+    assert by_template.dropped == []
+
+
+def test_a_split_reads_labels_off_results_and_pairs():
+    from types import SimpleNamespace
+
+    given = labels(60, seed=3)
+    first, second = zip(*given["entity"], strict=True)
+    pairs = SimpleNamespace(template=tuple(given["template"]), correct=first, incorrect=second)
+    assert stats.split_prompts(pairs) == stats.split_prompts(given)
+    result = xr.DataArray(np.zeros(60), dims="prompt", coords={"template": ("prompt", given["template"])})
+    split = stats.split_prompts(result, by=["template"])
+    parts = [set(result.isel(prompt=side)["template"].values) for side in (split.discovery, split.confirmation)]
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+
+
+def test_a_split_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="1 of kind 'template'"):
+        stats.split_prompts({"template": ["one"] * 20}, by=["template"])
+    with pytest.raises(ValueError, match="no labels of kind 'entity'; there are: template"):
+        stats.split_prompts({"template": ["a", "b"]})
+    with pytest.raises(ValueError, match="by is empty"):
+        stats.split_prompts({"template": ["a", "b"]}, by=[])
+
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+def test_agreement_of_sweeps_known_answers():
+    base = np.array([[0.9, 0.1, 0.0], [0.4, -0.2, 0.05]])
+    results = {"mean": base, "resample": 0.5 * base, "zero": -base}
+    table = stats.agreement(results, top=2)
+    assert table["correlation"].sel(a="mean", b="resample") == pytest.approx(1.0)
+    assert table["correlation"].sel(a="mean", b="zero") == pytest.approx(-1.0)
+    assert table["overlap"].sel(a="mean", b="resample") == 1 and table["overlap"].sel(a="mean", b="zero") == 0
+    assert table["same_sign"].sel(a="mean", b="resample") == 1 and table["same_sign"].sel(a="mean", b="zero") == 0
+    assert table["difference"].sel(a="mean", b="zero") == pytest.approx(1.8)
+
+
+def test_networks_of_other_seeds_are_compared_head_by_rank_not_by_number():
+    rng = np.random.default_rng(14)
+    profile = np.array([0.9, 0.6, 0.5, *np.zeros(13)])
+    seeds = {str(i): rng.permutation(profile).reshape(4, 4) for i in range(3)}
+    by_rank = stats.agreement(seeds, cells="sorted")
+    assert (by_rank["overlap"] > 0.999).all() and float(by_rank["difference"].max()) == 0
+    assert float(stats.agreement(seeds)["difference"].max()) > 0.4
+
+
+def test_agreement_averages_prompts_and_matches_dimensions():
+    effect = patching_result(np.random.default_rng(15).normal(size=(10, 2, 3)))
+    table = stats.agreement({"a": effect, "b": effect.mean("prompt").transpose("pos", "layer")})
+    assert float(table["difference"].max()) < 1e-12
+    with pytest.raises(ValueError, match="different cells"):
+        stats.agreement({"a": np.ones((2, 3)), "b": np.ones((3, 2))})
+    with pytest.raises(ValueError, match="at least two"):
+        stats.agreement({"a": np.ones((2, 3))})
+
+
+def test_the_interval_between_networks_covers_the_mean_of_all_networks(monkeypatch):
+    rng, hits = np.random.default_rng(16), 0
+    monkeypatch.setattr(stats, "RESAMPLES", 20)  # of the intervals of single networks, which are not asked for here
+    for _ in range(600):
+        truths = rng.normal(0.7, 0.1, size=8)  # networks differ
+        pooled = stats.between({f"seed {i}": rng.normal(truth, 0.2, size=24) for i, truth in enumerate(truths)}).pooled
+        hits += pooled.low <= 0.7 <= pooled.high
+    assert 0.93 <= hits / 600 <= 0.97
+
+
+def test_between_tells_same_from_different_networks():
+    rng = np.random.default_rng(17)
+    same = stats.between({str(i): rng.normal(0.7, 0.3, size=40) for i in range(3)})
+    different = stats.between({str(i): rng.normal(0.4 * i, 0.1, size=40) for i in range(3)})
+    assert same.p_value > 0.01 > different.p_value and different.i_squared > 0.9 and not different.same_sign
+    with pytest.raises(ValueError, match="at least two"):
+        stats.between({"one": [0.1, 0.2, 0.4]})
+    with pytest.raises(ValueError, match="no error"):
+        stats.between({"a": [0.5] * 4, "b": [0.1, 0.2, 0.4, 0.4]})

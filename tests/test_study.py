@@ -9,7 +9,8 @@ import pytest
 import xarray as xr
 from test_course import outside_requests
 
-from mi_utils import plots, stats, study
+from mi_utils import archive, plots, runlog, stats, study
+from mi_utils.prompts import PromptPairs
 from mi_utils.study import KINDS, EvidenceRefused, PlanChanged, PlanLocked, Prediction, Study, StudyError
 
 ENVIRONMENT = {
@@ -168,6 +169,69 @@ def test_evidence_says_where_it_comes_from():
     assert len(made.evidence) == 2
 
 
+# ------------------------------------------------------------------------------------------------ held-out prompts
+
+BEGINNINGS = ["The cat sat on the", "The dog sat on the", "The cat left the", "The dog left the"]
+
+
+def made_up_pairs(model, beginnings=BEGINNINGS, **options):
+    """Pairs of one length in which the first noun differs."""
+    swapped = [text.replace("cat", "dog") if "cat" in text else text.replace("dog", "cat") for text in beginnings]
+    answers = {"correct": [" house"] * len(swapped), "incorrect": [" mat"] * len(swapped)}
+    return PromptPairs(model, beginnings, swapped, **answers, check=False, **options)
+
+
+def mean_difference(pairs):
+    return stats.bootstrap_interval(pairs.clean_logit_diff.cpu().numpy() + np.array([0.0, 0.1]))
+
+
+def test_held_out_prompts_that_were_explored_are_refused(tiny):
+    first, second = made_up_pairs(tiny, BEGINNINGS[:2]), made_up_pairs(tiny, BEGINNINGS[2:])
+    made = plan()
+    made.lock()
+    assert made.explore(first) == 2 and made.explore(first) == 2
+    for pairs in (first, first.swap(), first[[0, 1]]):
+        with pytest.raises(EvidenceRefused, match="2 of the 2 prompts .* explored before, such as 'The cat sat"):
+            made.add("p held_out", mean_difference, pairs)
+    assert made.evidence == ()
+    # Neither a closure nor pairs made inside hide them, nor a measurement that was cached before.
+    assert len(first.clean_logit_diff) == 2
+    for hidden in (
+        lambda seed: mean_difference(first),
+        lambda seed: mean_difference(made_up_pairs(tiny, BEGINNINGS[:2])),
+    ):
+        with pytest.raises(EvidenceRefused, match="explored before"):
+            made.add("p held_out", hidden, 0)
+    held_out = made.add("p held_out", mean_difference, second)
+    assert (held_out.prompts, held_out.explored) == (2, 0)
+    # Other kinds may use them, and the record says so.
+    assert made.add("p causal", mean_difference, first).explored == 2
+    row = next(row for row in made.checklist() if "held-out" in row.item)
+    assert row.met and row.evidence == "2 held out, 2 explored, 0 in both"
+
+
+def test_explored_prompts_survive_the_file_and_cannot_be_taken_out_of_it(tmp_path, tiny):
+    made = plan()
+    made.lock()
+    made.explore(made_up_pairs(tiny, BEGINNINGS[:2]))
+    path = made.save(tmp_path / "study.json")
+    again = Study.load(path)
+    assert again.explored == made.explored
+    with pytest.raises(EvidenceRefused, match="explored before"):
+        again.add("p held_out", mean_difference, made_up_pairs(tiny, BEGINNINGS[:2]))
+    raw = json.loads(path.read_text())
+    raw["explored"] = []
+    path.write_text(json.dumps(raw))
+    with pytest.raises(PlanChanged):
+        Study.load(path)
+
+
+def test_explored_prompts_are_texts():
+    for bad in ("one text", ["", "a"], [3]):
+        with pytest.raises(StudyError):
+            plan().explore(bad)
+
+
 # ------------------------------------------------------------------------------------------------ verdict
 
 
@@ -181,6 +245,33 @@ def test_supported_needs_all_five_kinds():
     assert made.verdict().missing == ["effect_size", "p effect_size"]
     made.add("p effect_size", measure, 0.8)
     assert str(made.verdict()) == "supported"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_final_verdict_with_a_kind_of_evidence_missing_is_refused_with_its_reason(tmp_path, kind):
+    made = plan()
+    with pytest.raises(study.VerdictRefused, match="not locked"):
+        made.conclude(tmp_path)
+    made.lock()
+    for other in KINDS:
+        if other != kind:
+            made.add(f"p {other}", measure, 0.8)
+    with pytest.raises(study.VerdictRefused, match=f"Nothing shows that {KINDS[kind]}.* p {kind}"):
+        made.conclude(tmp_path)
+    assert runlog.read_runs(tmp_path) == []
+
+
+def test_a_verdict_is_logged_whatever_it_is(tmp_path, monkeypatch):
+    from mi_utils import compute
+
+    monkeypatch.setattr(compute, "environment", lambda: ENVIRONMENT)
+    assert filled().conclude(tmp_path).status == "supported"
+    assert filled(seeds=0.1).conclude(tmp_path).reason == "Does not hold: p seeds."
+    good, bad = runlog.read_runs(tmp_path)
+    assert good["name"] == plan().question and good["parameters"]["plan"] == plan().lock()[:12]
+    assert (good["results"]["verdict"], bad["results"]["verdict"]) == ("supported", "not supported")
+    assert bad["results"]["failed"] == ["p seeds"]
+    assert bad["results"]["measured"]["p seeds"][0]["value"] == pytest.approx(0.1, abs=0.05)
 
 
 def test_a_kind_that_the_plan_forgot_is_missing():
@@ -221,7 +312,8 @@ def test_every_measurement_counts_not_the_best():
 
 def test_the_checklist_is_filled_in_from_evidence():
     met = {row.item: row.met for row in filled().checklist()}
-    assert len(met) >= 9 and all(met.values())
+    assert len(met) >= 10
+    assert [item for item, yes in met.items() if not yes] == ["No held-out prompt was among those explored"]
     empty = plan()
     assert not any(row.met for row in empty.checklist())
     made = plan()
@@ -264,6 +356,7 @@ def test_a_saved_study_goes_on_in_the_next_notebook(tmp_path):
         lambda raw: raw.update(locked_at="2001-01-01T00:00:00+00:00"),
         lambda raw: raw["environments"][0].update(commit="another"),
         lambda raw: raw.update(hash=None),
+        lambda raw: raw["evidence"][0].update(explored=1),
     ],
 )
 def test_an_edited_file_is_refused(tmp_path, edit):
@@ -281,6 +374,63 @@ def test_what_is_no_study_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(StudyError, match="no saved study"):
         Study.load(path)
+
+
+def test_a_study_that_would_be_lost_is_set_aside(tmp_path):
+    path = tmp_path / "study.json"
+    failed = filled(causal=0.1)
+    failed.save(path)
+    failed.add("p causal", measure, 0.2)
+    failed.save(path)  # more evidence for the same plan: the file goes on
+    assert [file.name for file in tmp_path.iterdir()] == ["study.json"]
+    better = plan(hypothesis="L3H2 does.")
+    better.lock()
+    better.save(path)
+    aside = tmp_path / f"study-{failed.hash[:8]}.json"
+    assert Study.load(aside).evidence == failed.evidence and Study.load(path).plan() == better.plan()
+    # The same plan begun anew does not wipe out what was measured under it.
+    better.add("p causal", measure, 0.1)
+    better.save(path)
+    fresh = plan(hypothesis="L3H2 does.")
+    fresh.lock()
+    fresh.save(path)
+    assert Study.load(tmp_path / f"study-{fresh.hash[:8]}.json").evidence == better.evidence
+    open_plan = plan()
+    open_plan.save(tmp_path / "open.json")
+    plan(seed=1).save(tmp_path / "open.json")  # an open plan holds nothing that could be lost
+    assert len(list(tmp_path.glob("open*"))) == 1
+    (tmp_path / "letter.json").write_text("{}")
+    with pytest.raises(StudyError, match="not overwritten"):
+        plan().save(tmp_path / "letter.json")
+
+
+# ------------------------------------------------------------------------------------------------ past studies
+
+
+def test_past_studies_are_found_and_compared(tmp_path):
+    filled().save(tmp_path / "a" / "study.json")
+    other = plan(model="smallworld-seed1", predictions=[
+        Prediction("p causal", ">=", 0.9, "More.", "causal"), Prediction("p new", "<", 1, "New.", "seeds"),
+    ])  # fmt: skip
+    other.lock()
+    other.add("p causal", measure, 0.8)
+    other.save(tmp_path / "b" / "study.json")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "study.json").write_text((tmp_path / "a" / "study.json").read_text().replace("0.5", "0.1"))
+    past = archive.find_studies(tmp_path)
+    assert {each.name: each.verdict for each in past} == {
+        "a/study": "supported", "b/study": "incomplete", "c/study": "unreadable",
+    }  # fmt: skip
+    assert archive.pick(past, other.hash[:6]).name == "b/study" and archive.pick(past, "a/").name == "a/study"
+    for name, words in (("study", "fits 3"), ("zzz", "a/study, b/study"), ("c/", "cannot be read")):
+        with pytest.raises(StudyError, match=words):
+            archive.pick(past, name)
+    rows = archive.compare({each.name: each.study for each in past if each.study})
+    table = {row[0]: row[1:] for row in rows}
+    assert rows[0] == ["", "a/study", "b/study"] and table["verdict"] == ["supported", "incomplete"]
+    assert table["model"] == ["smallworld", "smallworld-seed1"] and "hypothesis" not in table
+    assert table["p causal"][0].endswith("holds (>= 0.5)") and table["p causal"][1].endswith("fails (>= 0.9)")
+    assert table["p new < 1"] == ["–", "not measured"]
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -304,13 +454,14 @@ def test_the_report_says_everything_in_both_forms(tmp_path, figures):
         made.question, made.hypothesis, made.falsifier, made.technique, made.validation, "Verdict: not supported.",
         f"{record.value:.3g} [{record.low:.3g}, {record.high:.3g}]", "fails", record.source_hash, "bootstrap-t",
         made.hash, made.locked_at, "torch 2.13.0", "c0ffee", "2 CPU cores", "First note.", "Every measurement has",
+        "python -m mi_utils run --fresh --model smallworld --seed 0",
     ]  # fmt: skip
     for text in wanted:
         assert text in html and text in plain, text
     assert "absent" not in html
     assert "Second | note with <i>markup</i>." in plain and "Second | note with &lt;i&gt;markup&lt;/i&gt;." in html
     columns = [line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("|")]
-    assert set(columns) <= {3, 4, 7}
+    assert set(columns) <= {3, 4, 7, 8}
     for number in (1, 2):
         picture = tmp_path / "out" / f"report-figure-{number}.svg"
         assert picture.read_text().startswith("<svg") and f"]({picture.name})" in markdown
