@@ -156,7 +156,8 @@ def attribute(
     single = direction.float()
     for layer in range(n_layers):
         if by in ("head", "position"):
-            reads = torch.einsum("hkm,pm->phk", models.W_O(model, layer).float(), single)
+            w_o = models.W_O(model, layer).float()
+            reads = (single @ w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2])  # [prompt, head, d_head]
             for head, values in enumerate(_heads(cached, layer, reads, by)):
                 parts[f"L{layer}H{head}", "head", layer] = values
             parts[f"attn bias L{layer}", "bias", layer] = along(models.b_O(model, layer).expand_as(start))

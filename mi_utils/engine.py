@@ -26,6 +26,7 @@ from torch import Tensor
 from mi_utils import models
 from mi_utils.compute import BYTES, ModelShape, available_memory, block_flops, estimate_memory
 
+AXES = ("layer", "pos", "head", "neuron")
 UNITS = {site: "head" for site in ("q", "k", "v", "z", "pattern")} | {"mlp_post": "neuron"}
 Place = tuple[str, int]  # site, layer
 # An edit changes, in place, an activation [row, pos, unit, feature] that holds all rows that have joined so far.
@@ -34,6 +35,19 @@ Edits = dict[Place, Callable[[Tensor], None]]
 
 class SlowPath(UserWarning):
     """The fast path does not hold for this model and site; results are right, and take longer."""
+
+
+def check_axes(site: str, over: tuple[str, ...], axes: Sequence[str] = AXES) -> None:
+    """Raises ValueError for an unknown site, and for axes that are unknown, named twice, or not of this site."""
+    models.hook_name(site, 0)  # names the sites there are
+    if unknown := [axis for axis in over if axis not in axes]:
+        raise ValueError(f"Cannot patch over {unknown}: the axes are {', '.join(axes)}.")
+    if len(set(over)) < len(over):
+        raise ValueError(f"An axis stands twice in over={over}.")
+    for unit in ("head", "neuron"):
+        if unit in over and UNITS.get(site) != unit:
+            there = ", ".join(each for each, kind in UNITS.items() if kind == unit)
+            raise ValueError(f"{site} has no {unit}s to go over; sites with {unit}s are {there}.")
 
 
 def by_unit(site: str, activation: Tensor) -> Float[Tensor, "prompt pos unit feature"]:
@@ -299,17 +313,25 @@ class _Past:
         end_there: bool = False,
     ) -> None:
         self.stored, self.until, self.record, self.end_there = stored, until, record, end_there
-        self.prompts: Int[Tensor, " row"] | slice = slice(None)  # whose keys and values the rows take
+        self.prompts: Int[Tensor, " row"] | None = None  # whose keys and values the rows take; else each row its own
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if self.until:
-            before = (each[:, :, : self.until][self.prompts] for each in self.stored[layer])
-            keys, values = (torch.cat(parts, dim=2) for parts in zip(before, (keys, values), strict=True))
+            pairs = zip(self.stored[layer], (keys, values), strict=True)
+            keys, values = (self._joined(stored, new) for stored, new in pairs)
         if self.record is not None:
             self.record[layer] = (keys.contiguous(), values.contiguous())
         if self.end_there:
             raise _Enough
         return keys, values
+
+    def _joined(self, stored: Tensor, new: Tensor) -> Tensor:
+        if stored.shape[2] == self.until:
+            return torch.cat([stored, new], dim=2)
+        # Whole rows, of which the end is written over: faster than cutting them to length and joining two parts.
+        whole = stored.clone() if self.prompts is None else stored.index_select(0, self.prompts)
+        whole[:, :, self.until :] = new
+        return whole
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.until

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_utils import metrics, models
-from mi_utils.engine import UNITS
+from mi_utils.engine import by_unit, check_axes
 from mi_utils.metrics import Metric
 from mi_utils.prompts import PromptPairs
 from mi_utils.results import NothingChanged, check_gap, check_mode, labelled, numpy
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 AXES = ("layer", "pos", "head")
-SITES_WITH_HEADS = tuple(site for site, unit in UNITS.items() if unit == "head")
 
 StreamMetric = Callable[[Float[Tensor, "prompt d_model"]], Float[Tensor, " prompt"]]
 
@@ -90,7 +89,8 @@ def attribution_patch(
             difference = source[layer] - base[layer]
             changed += int((difference != 0).sum())
             total += float(difference.abs().sum())
-            layers.append(_by_head(site, difference * gradients["reach", layer]).sum(-1))
+            products = by_unit(site, difference * gradients["reach", layer]).sum(-1)
+            layers.append(products if "head" in over else products.sum(-1, keepdim=True))
         estimates.append(numpy(torch.stack(layers, dim=1)))  # [prompt, layer, pos, head]
     if changed == 0:
         raise NothingChanged(
@@ -208,26 +208,13 @@ def prompts_per_pass(tokens: Int[Tensor, "prompt pos"]) -> int:
 # ---------------------------------------------------------------------------------------------------------- details
 
 
-def _by_head(site: str, activation: Tensor) -> Float[Tensor, "prompt pos head feature"]:
-    """One layout for every site: sites without heads get one, patterns go by query position."""
-    if site == "pattern":
-        return activation.transpose(1, 2)
-    return activation if site in SITES_WITH_HEADS else activation.unsqueeze(2)
-
-
 def _check_arguments(site: str, over: tuple[str, ...], mode: str, batch_size: int | None) -> None:
-    models.hook_name(site, 0)  # raises for an unknown site, naming those there are
-    if unknown := [axis for axis in over if axis not in AXES]:
-        raise ValueError(f"Cannot patch over {unknown}: the axes are {', '.join(AXES)}.")
-    if len(set(over)) < len(over):
-        raise ValueError(f"An axis stands twice in over={over}.")
+    check_axes(site, over, AXES)
     if "layer" not in over:
         raise ValueError(
             f"over={over} would patch all layers at once, and their gradients count the same path several times: put "
             "'layer' into over, or use patch_sweep."
         )
-    if "head" in over and site not in SITES_WITH_HEADS:
-        raise ValueError(f"{site} has no heads to go over; sites with heads are {', '.join(SITES_WITH_HEADS)}.")
     check_mode(mode)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}.")

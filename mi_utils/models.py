@@ -7,10 +7,12 @@ here, so that a change of the library is a change of this file.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -190,8 +192,40 @@ def load_model(
         shape=ModelShape.from_config(hf_model.config, name=name_or_path, n_parameters=n_parameters),
     )
     model.mi_hook_points = dict(model.hook_dict)  # building it costs as much as a small forward pass
+    _quicken(model)
     _check_numbers(model, tokens, expected)
     return model
+
+
+def _quicken(model: Any) -> None:
+    """Compute GPT-2's activation and every LayerNorm in one or a few kernels, instead of chains of eight.
+
+    The same functions to float rounding, forwards and backwards; on small models the chains are a third of the time.
+    A hook inside a LayerNorm (``hook_scale``, ``hook_normalized``) brings its chain back for the run.
+    """
+    import torch
+    from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+    from transformers.activations import NewGELUActivation
+
+    def normalise(norm: Any, stream: Tensor) -> Tensor:
+        if norm.hook_scale.has_hooks() or norm.hook_normalized.has_hooks():
+            return type(norm).forward(norm, stream)
+        return norm.hook_out(norm.original_component(norm.hook_in(stream)))
+
+    for module in model.modules():
+        if type(module) is NewGELUActivation:
+            module.forward = _gelu
+        elif type(module) is NormalizationBridge and type(module.original_component) is torch.nn.LayerNorm:
+            vars(module)["forward"] = partial(normalise, module)  # setattr would hand it on to the original component
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, which is x sigmoid(2u): on a CPU the sigmoid's kernel takes a third of the tanh's time."""
+    import torch
+
+    if x.device.type != "cpu" or x.itemsize < 4:
+        return torch.nn.functional.gelu(x, approximate="tanh")
+    return torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(8 / math.pi)).sigmoid_() * x
 
 
 def info(model: Any) -> ModelInfo:

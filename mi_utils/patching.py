@@ -30,7 +30,6 @@ from mi_utils.results import NothingChanged, check_gap, check_mode, labelled, nu
 if TYPE_CHECKING:
     import xarray as xr
 
-AXES = ("layer", "pos", "head", "neuron")
 REPLACEMENTS = ("other", "mean", "resample", "zero")
 
 
@@ -505,15 +504,7 @@ def _axes(over: Sequence[str] | str) -> tuple[str, ...]:
 def _check_arguments(
     site: str, over: tuple[str, ...], mode: str | None, replace: str, batch_size: int | None, n_prompts: int
 ) -> None:
-    models.hook_name(site, 0)  # raises for an unknown site, naming those there are
-    if unknown := [axis for axis in over if axis not in AXES]:
-        raise ValueError(f"Cannot patch over {unknown}: the axes are {', '.join(AXES)}.")
-    if len(set(over)) < len(over):
-        raise ValueError(f"An axis stands twice in over={over}.")
-    for unit in ("head", "neuron"):
-        if unit in over and UNITS.get(site) != unit:
-            there = ", ".join(each for each, kind in UNITS.items() if kind == unit)
-            raise ValueError(f"{site} has no {unit}s to go over; sites with {unit}s are {there}.")
+    engine.check_axes(site, over)
     if replace not in REPLACEMENTS:
         raise ValueError(f"Unknown replacement {replace!r}: use {', '.join(REPLACEMENTS)}.")
     if mode is not None:

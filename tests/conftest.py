@@ -124,6 +124,18 @@ def architectures(tmp_path_factory):
     return loaded
 
 
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """The model set by hand, and prompts that need both its heads."""
+    import handset
+
+    from mi_utils.models import load_model
+    from mi_utils.prompts import PromptPairs
+
+    model = load_model(str(handset.save_handset(tmp_path_factory.mktemp("handset"))))
+    return model, PromptPairs(model, **handset.induction_prompts(6))
+
+
 @pytest.fixture(scope="session")
 def hub_cache(tmp_path_factory) -> Path:
     """$HF_HOME with GPT-2 small in its exact shapes, under both of its hub ids, as a download would have left it."""

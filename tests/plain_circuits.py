@@ -5,6 +5,7 @@ Every head's output and every input is a tensor of its own; nothing is shared wi
 
 from __future__ import annotations
 
+import handset
 import torch
 from torch.nn.functional import layer_norm
 
@@ -107,3 +108,29 @@ def difference(pairs, logits: torch.Tensor) -> torch.Tensor:
     """Correct minus incorrect logit by prompt."""
     rows = torch.arange(len(pairs))
     return logits[rows, pairs.correct_ids] - logits[rows, pairs.incorrect_ids]
+
+
+def hugging_face(directory):
+    """The model of a directory as Hugging Face runs it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+
+
+def save_llama(directory, n_kv_heads=4):
+    """A Llama with random weights (RMSNorm, rotary positions) and its tokenizer as a Hugging Face directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(handset.VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=n_kv_heads, max_position_embeddings=64, bos_token_id=0,
+        eos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    handset.build_tokenizer().save_pretrained(directory)
+    return str(directory)

@@ -4,7 +4,7 @@ import handset
 import numpy as np
 import pytest
 import torch
-from plain_circuits import PlainGraph
+from plain_circuits import PlainGraph, hugging_face, save_llama
 
 from mi_utils import models
 from mi_utils.circuits import Circuit, faithfulness_curve, nested_circuits, smallest_circuit
@@ -15,12 +15,6 @@ from mi_utils.prompts import PromptPairs
 from mi_utils.results import NothingChanged
 from mi_utils.smallworld.handset import CHANGES, PLANTED
 from mi_utils.stats import pooled_effect
-
-
-def hugging_face(directory):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
 
 
 @pytest.fixture(scope="module", params=["folded", "raw"])
@@ -36,13 +30,6 @@ def pairs(model):
 @pytest.fixture(scope="module")
 def plain(directory):
     return PlainGraph(hugging_face(directory))
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """The model set by hand, and prompts that need both its heads."""
-    model = load_model(str(handset.save_handset(tmp_path_factory.mktemp("handset"))))
-    return model, PromptPairs(model, **handset.induction_prompts(6))
 
 
 KNOWN_EDGES = {"embed -> L0H2.v", "L0H2 -> L1H3.k", "L1H3 -> logits"}
@@ -339,24 +326,6 @@ def test_a_circuit_is_kept_as_it_was(known, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- other architectures
-
-
-def save_llama(directory, n_kv_heads=4):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(handset.VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=n_kv_heads, max_position_embeddings=64, bos_token_id=0,
-        eos_token_id=0, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(directory)
-    handset.build_tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.mark.parametrize("processing", ["folded", "raw"])

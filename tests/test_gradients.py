@@ -4,9 +4,9 @@ import handset
 import numpy as np
 import pytest
 import torch
-from test_circuits import hugging_face, save_llama
+from plain_circuits import hugging_face, save_llama
 
-from mi_utils import gradients, models
+from mi_utils import engine, gradients, models
 from mi_utils.gradients import attribution_patch
 from mi_utils.metrics import LogitDiff
 from mi_utils.models import load_model
@@ -15,7 +15,7 @@ from mi_utils.prompts import PromptPairs
 from mi_utils.results import NothingChanged
 
 ALL_AXES = {
-    site: ("layer", "pos", "head") if site in gradients.SITES_WITH_HEADS else ("layer", "pos") for site in models.SITES
+    site: ("layer", "pos", "head") if engine.UNITS.get(site) == "head" else ("layer", "pos") for site in models.SITES
 }
 
 

@@ -334,3 +334,19 @@ def test_position_embedding_is_what_the_stream_begins_with(tiny_dir, hf, tokens)
     model = load_model(str(tiny_dir), processing="raw")
     expected = hf.transformer.wpe.weight[: tokens.shape[1]].expand(len(tokens), -1, -1)
     assert largest(models.position_embedding(model, tokens) - expected) < 1e-6
+
+
+def test_activation_and_layer_norm_in_few_kernels_are_the_same_functions(tiny, tokens):
+    from transformers.activations import NewGELUActivation
+
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    ours, theirs = models._gelu(x), NewGELUActivation()(x)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), x)[0] for each in (ours, theirs)))
+    norm = tiny.blocks[0].ln1
+    assert "forward" in vars(norm) and "forward" in vars(tiny.blocks[0].mlp.original_component.act)
+    stream = models.run(tiny, tokens, stop_at_layer=0)
+    fast = norm(stream)
+    doubled = models.run_with_hooks(tiny, tokens, [("blocks.0.ln1.hook_scale", lambda scale, hook: 2 * scale)])
+    assert not torch.allclose(doubled, models.run(tiny, tokens), atol=1e-2)  # a hook inside is still obeyed
+    torch.testing.assert_close(fast, type(norm).forward(norm, stream), atol=1e-5, rtol=1e-5)

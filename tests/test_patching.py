@@ -40,13 +40,6 @@ def hf(directory):
     return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """The model set by hand, and prompts that need both its heads."""
-    model = load_model(str(handset.save_handset(tmp_path_factory.mktemp("handset"))))
-    return model, PromptPairs(model, **handset.induction_prompts(6))
-
-
 # ------------------------------------------------------------------------------------------- the planner, by itself
 
 GPT2 = compute.known_shape("gpt2-small")

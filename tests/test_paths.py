@@ -3,8 +3,7 @@
 import handset
 import numpy as np
 import pytest
-from plain_circuits import PlainGraph, difference
-from test_circuits import hugging_face, known, save_llama  # noqa: F401
+from plain_circuits import PlainGraph, difference, hugging_face, save_llama
 
 from mi_utils import models
 from mi_utils.circuits import Circuit
@@ -103,7 +102,7 @@ def test_a_noised_path_is_a_circuit_without_that_edge(model, pairs):
         np.testing.assert_allclose(in_logits(effect.sel(sender=sender, receiver="L2H0.q")), cut.raw, atol=1e-4)
 
 
-def test_the_path_set_by_hand(known):  # noqa: F811
+def test_the_path_set_by_hand(known):
     model, pairs = known
     heads = [f"L0H{head}" for head in range(5)]
     receivers = [f"L1H3.{channel}" for channel in "qkv"] + ["logits"]
