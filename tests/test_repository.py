@@ -43,10 +43,10 @@ def test_the_slug_has_the_right_form():
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", SLUG)
 
 
-def test_the_slug_stands_in_one_place_beside_badges_and_install_cells():
+def test_the_slug_stands_in_the_metadata_and_the_citation_beside_badges_and_install_cells():
     others = [path for path in FILES if path not in PAGES + NOTEBOOKS and path.suffix not in (".safetensors", ".pt")]
     naming = [path.relative_to(ROOT).as_posix() for path in others if SLUG.encode() in path.read_bytes()]
-    assert naming == ["pyproject.toml"]
+    assert sorted(naming) == ["CITATION.cff", "pyproject.toml"]
 
 
 @pytest.mark.parametrize("path", PAGES + NOTEBOOKS, ids=lambda path: path.name)
@@ -177,7 +177,9 @@ def test_what_a_notebook_states_is_read_and_vagueness_refused():
 
 def test_the_promised_files_are_there():
     names = "README.md LICENSE CLAUDE.md Makefile pyproject.toml requirements.txt environment.yml .ci/run".split()
-    for name in [*names, ".github/workflows/test.yml", "references/vocabulary.md"]:
+    names += "CONTRIBUTING.md CITATION.cff CHANGELOG.md copier.yml .github/workflows/test.yml".split()
+    pages = "tools techniques sae-guide visualization pitfalls repo-maintenance vocabulary compute-awareness".split()
+    for name in [*names, *(f"references/{page}.md" for page in pages)]:
         assert (ROOT / name).is_file(), name
 
 
