@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -64,9 +65,10 @@ def make_index(folder: Path) -> Path:
 
 
 def pip(python: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run this environment's pip on another Python."""
+    """Run this environment's pip on another Python, which sees what is installed in it and nothing on a path."""
     command = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def would_install(python: Path, index: Path, *arguments: str) -> dict[str, str]:

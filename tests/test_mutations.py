@@ -11,9 +11,9 @@ import nbformat
 import nbval_figures  # noqa: F401  (how figures are compared)
 import pytest
 from nbval.plugin import IPyNbCell, coalesce_streams, get_sanitize_patterns, nocolors
-from test_notebooks import SKIPPING, SKIPPING_TAGS
 
 from mi_utils import course
+from mi_utils.guard import SKIPPING, SKIPPING_TAGS
 
 TESTS = Path(__file__).parent
 NOTEBOOKS = course.list_notebooks(TESTS.parent / "notebooks")
