@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -572,16 +573,28 @@ def test_shipped_saes_are_two_or_more_and_small():
     assert sum(file.stat().st_size for file in saes.SHIPPED.rglob("*")) < 10e6
 
 
+def owner(name: str) -> Any:
+    """The model that a shipped SAE is for."""
+    return load_model(name.rsplit("-", 2)[0])
+
+
 @pytest.fixture(scope="module")
 def unseen(model):
-    """Documents that no SAE was trained on."""
+    """Documents that no SAE was trained on; the seeds share their tokenizer."""
     from mi_utils.lens import token_rows
 
     return token_rows(model, 80_000, seed=41)
 
 
+def test_every_shipped_sae_has_its_recipe():
+    from mi_utils.smallworld.train_saes import SHIPPED_SAES
+
+    assert sorted(SHIPPED_SAES) == SHIPPED
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_sae_is_faithful_sparse_and_alive(name, model, unseen):
+def test_a_shipped_sae_is_faithful_sparse_and_alive(name, unseen):
+    model = owner(name)
     sae = saes.load_sae(name, model)
     found = saes.evaluate_sae(model, sae, unseen[:150])
     assert float(found.cross_entropy_recovered) >= 0.95 and float(found.cross_entropy_recovered_mean) >= 0.95
@@ -591,7 +604,8 @@ def test_a_shipped_sae_is_faithful_sparse_and_alive(name, model, unseen):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_sae_one_layer_off_is_refused(name, model):
+def test_a_shipped_sae_one_layer_off_is_refused(name):
+    model = owner(name)
     sae = saes.load_sae(name, model)
     for layer in (sae.layer - 1, sae.layer + 1):
         if 0 <= layer < models.info(model).shape.n_layers:
