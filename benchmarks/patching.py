@@ -27,7 +27,7 @@ from common import (
     threads,
 )
 
-from mi_utils import ioi_pairs, load_model, models, patch_sweep
+from mi_utils import models, patch_sweep
 from mi_utils.compute import block_flops
 from mi_utils.metrics import logit_difference
 from mi_utils.patching import plan_sweep
@@ -74,7 +74,7 @@ WORKS = (
 
 
 def main(works: Sequence[Work] = WORKS, cells: int = 4, rounds: int = 3) -> list[Row]:
-    """Every sweep on one thread and on all, and the embedded model's where it has been trained."""
+    """Every sweep on one thread and on all."""
     rows = []
     for device, dtype in _devices():
         model, hf_model = gpt2_small_shaped(device, dtype)
@@ -84,35 +84,18 @@ def main(works: Sequence[Work] = WORKS, cells: int = 4, rounds: int = 3) -> list
                 for work in works:
                     pairs = prompt_pairs(model, work.n_prompts, DIFFER[work.differ])
                     where = "" if device == "cpu" else f" ({device}, {dtype})"
-                    rows.append(_row(work.name + where, work, model, hf_model, lens, pairs, cells, rounds, count))
-    return rows + embedded(cells, rounds)
-
-
-def embedded(cells: int = 4, rounds: int = 3) -> list[Row]:
-    """The same sweeps on the embedded model, 100 IOI prompts."""
-    if "smallworld" not in models.embedded_names():
-        return []
-    from transformers import AutoModelForCausalLM
-
-    model = load_model("smallworld")
-    hf_model = AutoModelForCausalLM.from_pretrained(models.resolve("smallworld"), attn_implementation="eager").eval()
-    lens = hooked_transformer(hf_model)
-    pairs = ioi_pairs(model, 100, check=False)
-    with threads(1), torch.no_grad():
-        return [
-            _row(f"smallworld: {work.name}", work, model, hf_model, lens, pairs, cells, rounds, 1)
-            for site, over in (("resid_pre", GRID), ("z", HEADS))
-            for work in [Work(site, over, "one token differs", 100, TRANSFORMER_LENS, 5)]
-        ]
+                    rows.append(row(work.name + where, work, model, hf_model, lens, pairs, cells, rounds, count))
+    return rows
 
 
 def _devices() -> list[tuple[str, str]]:
     return [("cpu", "float32"), *([("cuda", "float32"), ("cuda", "bfloat16")] if torch.cuda.is_available() else [])]
 
 
-def _row(
+def row(
     name: str, work: Work, model: Any, hf_model: Any, lens: Any, pairs: Any, cells: int, rounds: int, n_threads: int
 ) -> Row:
+    """Ours and the peer on one sweep; the peer on ``cells`` of its cells."""
     device, plan = models.info(model).device, plan_sweep(model, pairs, work.site, work.over)
     n_cells = int(np.prod(plan.shape[1:]))
     chosen = np.unravel_index(np.random.default_rng(0).permutation(n_cells)[:cells], plan.shape[1:])

@@ -205,7 +205,7 @@ def _nbytes(
 
     def at_work(n_rows: int, start: int) -> int:
         layer = estimate_memory(shape, batch=n_rows, seq=n_tokens - start, dtype=dtype).activations
-        return layer + 2 * n_rows * start * position  # those before are gathered, then joined with the rest
+        return layer + (n_rows * n_tokens * position if start else 0)  # those before, joined with the rest
 
     return held + max(
         at_work(n, start) for n, start in [(n_prompts, shared), *((len(p.rows), p.start) for p in passes)]

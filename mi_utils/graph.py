@@ -202,9 +202,13 @@ def prompts_at_once(graph: Graph, n_pos: int, d_model: int, device: torch.device
 def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
     """Ask the model itself, on one prompt: is the stream the sum of its parts, and are q, k, v what edges assume?
 
+    Asked once for a model: it takes half a forward pass, and is a matter of the architecture.
+
     Raises:
         CannotDecompose: they are not (a normalisation after a block, a multiplier, clipped queries …).
     """
+    if model.__dict__.get("mi_decomposes"):
+        return
     n_layers, name = models.info(model).shape.n_layers, models.info(model).name
     kept = models.cache(model, tokens[:1], ["resid_pre", "resid_mid", "z", "attn_out", "mlp_out", *CHANNELS])
     total = kept["resid_pre", 0]
@@ -227,3 +231,4 @@ def check_decomposition(model: Any, tokens: Int[Tensor, "prompt pos"]) -> None:
         total = total + kept["mlp_out", layer]
         if layer + 1 < n_layers and differ(total, kept["resid_pre", layer + 1]):
             raise CannotDecompose(f"{name}: the stream after layer {layer} is not the sum of attention and MLP.")
+    model.__dict__["mi_decomposes"] = True

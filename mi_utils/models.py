@@ -848,7 +848,8 @@ def attention_bias(model: Any, layer: int, which: str) -> Float[Tensor, "head d_
 
 
 def _for_each_head(model: Any, shared: Float[Tensor, "kv_head ..."]) -> Float[Tensor, "head ..."]:
-    return shared.repeat_interleave(info(model).shape.n_heads // shared.shape[0], dim=0)
+    n_sharing = info(model).shape.n_heads // shared.shape[0]
+    return shared if n_sharing == 1 else shared.repeat_interleave(n_sharing, dim=0)
 
 
 def W_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:  # noqa: N802
