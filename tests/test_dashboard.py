@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from test_features import Rectified, drawn, stream
 
 from mi_utils import plots
@@ -31,6 +32,7 @@ def test_all_three_forms_say_what_was_found(tiny, sae, search):
         assert "Feature 3" in form and f"active on {int(search['active'][3]):,} of" in form
         assert all(f"{example.activation:.2f}" in form for example in best)
     assert set(shown._repr_mimebundle_()) == {"text/html", "image/svg+xml", "text/plain"}
+    assert DisplayFormatter().format(shown)[0] == shown._repr_mimebundle_()
     assert shown.html.count("<tr><td") == 8
     assert shown.html.count("border-bottom: 2px solid") == 8  # the token that the example is about
 
