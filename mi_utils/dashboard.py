@@ -7,6 +7,7 @@ host for anything. Beside it stands a still picture of the same, for places that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,8 @@ LETTER = 7.25  # pixels of a letter of 12-pixel monospace
 BARS = (320, 72)  # pixels of the histogram
 
 
-class Dashboard(NamedTuple):
+@dataclass(frozen=True)  # no tuple: IPython shows those its own way, and would store the HTML once more as text
+class Dashboard:
     """What :func:`feature_dashboard` shows: as HTML, as a still picture (SVG) and as plain text."""
 
     html: str
