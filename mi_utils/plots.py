@@ -503,6 +503,40 @@ def scatter(
     return _figure([diagonal, points], layout)
 
 
+def tradeoff(
+    families: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str | None = None, *, x_label: str, y_label: str
+) -> go.Figure:
+    """What one quantity costs in another: a point a setting, and a line through the settings of a family.
+
+    Args:
+        families: name to (values along x, values along y), a pair of equal length for each setting; in any order.
+
+    Raises:
+        ValueError: no settings, values of different lengths, or more than 8 families.
+    """
+    if not families or len(families) > MOST_LINES:
+        raise ValueError(f"{len(families)} families of settings: 1 to {MOST_LINES} can be told apart.")
+    traces, reach = [], []
+    for i, (name, pair) in enumerate(families.items()):
+        across, down = (np.atleast_1d(np.asarray(values, dtype=float)) for values in pair)
+        if across.shape != down.shape or across.ndim != 1 or not across.size:
+            raise ValueError(f"{name}: {across.size} values along x and {down.size} along y; a setting needs both.")
+        order = np.argsort(across, kind="stable")
+        reach.append((across, down))
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": escape(str(name)), "showlegend": True,
+            "x": _rounded(across[order]), "y": _rounded(down[order]),
+            "line": {"color": COLOURS[i], "width": 2}, "marker": {"color": COLOURS[i], "size": 9},
+            "hovertemplate": f"%{{x:.3f}}, %{{y:.3f}}<extra>{escape(str(name))}</extra>",
+        })  # fmt: skip
+    x, y = (np.concatenate(values) for values in zip(*reach, strict=True))
+    layout = _layout(
+        title or f"{_upper(y_label)} against {x_label}", f"{x.size} settings", height=300,
+        x=_value_axis(np.append(x, 0.0), x_label), y=_value_axis(y, y_label), top=24, showlegend=True,
+    )  # fmt: skip
+    return _figure(traces, layout)
+
+
 def circuit(circuit: Circuit, title: str | None = None, *, top: int = 60) -> go.Figure:
     """A circuit as a graph: computation goes upwards, every head, MLP and the two ends is a point.
 

@@ -58,6 +58,9 @@ def induction():
     return Circuit(Graph(2, 4), tuple(known), known)
 
 
+FAMILIES = {"topk": ([16, 4, 48], [0.9, 0.8, 0.95]), "L1 & more": (8.0, 0.4)}
+
+
 @pytest.fixture(scope="module")
 def every_kind(effect, parts, patterns):
     return {
@@ -68,10 +71,11 @@ def every_kind(effect, parts, patterns):
         "lines": plots.lines(effect.sel(pos=[3, 6])),
         "scatter": plots.scatter(effect, 2 * effect, x_label="exact", y_label="estimate"),
         "circuit": plots.circuit(induction()),
+        "tradeoff": plots.tradeoff(FAMILIES, x_label="L0", y_label="variance explained"),
     }
 
 
-KINDS = ["heatmap", "bars", "distribution", "attention", "lines", "scatter", "circuit"]
+KINDS = ["heatmap", "bars", "distribution", "attention", "lines", "scatter", "circuit", "tradeoff"]
 
 
 def texts(figure):
@@ -262,6 +266,7 @@ def test_every_cell_is_a_point_beside_the_diagonal_and_the_largest_are_named(eff
     assert plots.scatter(by_head, by_head, x_label="x", y_label="y").data[1].customdata[-1] == "L2H1"
 
 
+<<<<<<< HEAD
 def test_names_of_points_do_not_lie_on_one_another(effect):
     close = xr.DataArray([[0.5, 0.51, 0.5], [0.5, 0.1, -0.2]], dims=("layer", "head"), name="effect")
     figure = plots.scatter(close, close, x_label="x", y_label="y")
@@ -270,6 +275,14 @@ def test_names_of_points_do_not_lie_on_one_another(effect):
     anchors = {text.get("text-anchor") for text in ET.fromstring(svg.draw(figure.to_dict())).iter(f"{SVG}text")
                if text.text in ("L0H0", "L0H1", "L0H2")}  # fmt: skip
     assert len(anchors) > 1
+=======
+def test_a_tradeoff_joins_the_settings_of_a_family_from_left_to_right():
+    figure = plots.tradeoff(FAMILIES, x_label="L0", y_label="variance explained")
+    topk, l1 = figure.data
+    assert topk.x == (4, 16, 48) and topk.y == (0.8, 0.9, 0.95) and l1.x == (8,) and l1.y == (0.4,)
+    assert figure.layout.xaxis.range[0] < 0 < 48 < figure.layout.xaxis.range[1]  # what is paid is seen from zero
+    assert "5 settings" not in texts(figure) and "4 settings" in texts(figure) and "L1 & more" in texts(figure)
+>>>>>>> nb16
 
 
 # ------------------------------------------------------------------------------------------------ distributions
@@ -373,6 +386,10 @@ def test_the_wrong_shape_is_refused_with_what_there_is(effect, parts, patterns):
     many = xr.DataArray(np.zeros((9, 2)), dims=("head", "step"))
     with pytest.raises(ValueError, match="9 lines"):
         plots.lines(many)
+    with pytest.raises(ValueError, match="2 values along x and 3 along y"):
+        plots.tradeoff({"topk": ([1, 2], [1, 2, 3])}, x_label="x", y_label="y")
+    with pytest.raises(ValueError, match="0 families"):
+        plots.tradeoff({}, x_label="x", y_label="y")
 
 
 # ------------------------------------------------------------------------------------------------ notebooks
