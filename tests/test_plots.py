@@ -266,7 +266,6 @@ def test_every_cell_is_a_point_beside_the_diagonal_and_the_largest_are_named(eff
     assert plots.scatter(by_head, by_head, x_label="x", y_label="y").data[1].customdata[-1] == "L2H1"
 
 
-<<<<<<< HEAD
 def test_names_of_points_do_not_lie_on_one_another(effect):
     close = xr.DataArray([[0.5, 0.51, 0.5], [0.5, 0.1, -0.2]], dims=("layer", "head"), name="effect")
     figure = plots.scatter(close, close, x_label="x", y_label="y")
@@ -275,14 +274,14 @@ def test_names_of_points_do_not_lie_on_one_another(effect):
     anchors = {text.get("text-anchor") for text in ET.fromstring(svg.draw(figure.to_dict())).iter(f"{SVG}text")
                if text.text in ("L0H0", "L0H1", "L0H2")}  # fmt: skip
     assert len(anchors) > 1
-=======
+
+
 def test_a_tradeoff_joins_the_settings_of_a_family_from_left_to_right():
     figure = plots.tradeoff(FAMILIES, x_label="L0", y_label="variance explained")
     topk, l1 = figure.data
     assert topk.x == (4, 16, 48) and topk.y == (0.8, 0.9, 0.95) and l1.x == (8,) and l1.y == (0.4,)
     assert figure.layout.xaxis.range[0] < 0 < 48 < figure.layout.xaxis.range[1]  # what is paid is seen from zero
     assert "5 settings" not in texts(figure) and "4 settings" in texts(figure) and "L1 & more" in texts(figure)
->>>>>>> nb16
 
 
 # ------------------------------------------------------------------------------------------------ distributions
