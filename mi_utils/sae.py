@@ -584,7 +584,7 @@ class TokenSource:
         return (document.text for document in islice(documents(CORPUS_SEED + self.seed), start, None))
 
     def _dataset(self, start: int) -> Iterator[Any]:
-        data = self._data.skip(start) if hasattr(self._data, "skip") else self._data
+        data = self._data.skip(start) if hasattr(self._data, "skip") else islice(self._data, start, None)
         for item in data:
             column = next((name for name in ("input_ids", "tokens", "text") if name in item), None)
             if column is None:

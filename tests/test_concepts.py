@@ -269,7 +269,7 @@ def test_every_token_gets_the_labels_that_cover_its_word(model):
 
 
 def test_the_sample_tests_most_of_what_the_corpus_knows(model):
-    data = corpus_sample(model, 2000)
+    data = corpus_sample(model)
     reasons = concepts._untestable(data, halves(data))
     testable = {name for name, reason in zip(data.concepts, reasons, strict=True) if not reason}
     assert len(testable) >= 50
