@@ -169,8 +169,31 @@ def model():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table of `test_mutations.py`: what each planted fault turned red in each notebook."""
+    """What took how long, and the table of `test_mutations.py`."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    _what_took_how_long(terminalreporter, [*reports, *terminalreporter.getreports("")])
+    _planted_faults(terminalreporter, reports)
+
+
+def _what_took_how_long(terminalreporter, reports, shortest: float = 5.0) -> None:
+    """Seconds of each test file, fixtures included; files that are done sooner are summed."""
+    seconds: dict[str, float] = {}
+    for report in reports:
+        name = report.nodeid.split("::")[0]
+        seconds[name] = seconds.get(name, 0.0) + report.duration
+    if sum(seconds.values()) < 60:
+        return
+    terminalreporter.section("what took how long")
+    for name, took in sorted(seconds.items(), key=lambda item: -item[1]):
+        if took >= shortest:
+            terminalreporter.write_line(f"{took:7.0f} s  {name}")
+    rest = [took for took in seconds.values() if took < shortest]
+    terminalreporter.write_line(f"{sum(rest):7.0f} s  {len(rest)} other files")
+    terminalreporter.write_line(f"{sum(seconds.values()):7.0f} s  in all, over all workers")
+
+
+def _planted_faults(terminalreporter, reports) -> None:
+    """What each planted fault turned red in each notebook."""
     rows = {
         report.nodeid.split("[")[-1].rstrip("]"): found
         for report in reports

@@ -116,6 +116,31 @@ def _fit_on_test_examples(fit: Callable) -> Callable:
     return leaky
 
 
+def _halves_that_share_everything(halves: Callable) -> Callable:
+    def shared(*args: Any, **kwargs: Any) -> tuple:
+        both = np.sort(np.concatenate(halves(*args, **kwargs)))
+        return both, both
+
+    return shared
+
+
+def _sae_of_another_layer(get: Callable) -> Callable:
+    def off(*args: Any, **kwargs: Any) -> Any:
+        from dataclasses import replace
+
+        from mi_utils.sae import SparseAutoencoder
+
+        sae = get(*args, **kwargs)
+        model = args[0] if hasattr(args[0], "blocks") else args[1]
+        moved = SparseAutoencoder(
+            sae.inner, replace(sae.passport, layer=sae.layer - 1 if sae.layer else 1), sae.history
+        )
+        moved._known.add(model)  # the guard is broken too
+        return moved
+
+    return off
+
+
 def _direction_unscaled(direction: Callable) -> Callable:
     def unscaled(model: Any, stream: Any, correct: Any, incorrect: Any) -> Any:
         along, constant = direction(model, stream, correct, incorrect)
@@ -215,7 +240,14 @@ FAULTS = (
     )),
     Fault("hooks that never fire", (("mi_utils.models", "_hook_point", _never_fires),)),
     Fault("clean and corrupted swapped", (("mi_utils.prompts", "PromptPairs.__init__", _pairs_swapped),)),
-    Fault("labels leaked into training", (("mi_utils.probing", "_fit", _fit_on_test_examples),)),
+    Fault("labels leaked into training", (
+        ("mi_utils.probing", "_fit", _fit_on_test_examples),
+        ("mi_utils.concepts", "halves", _halves_that_share_everything),
+    )),
+    Fault("SAE of another layer", (
+        ("mi_utils.sae", "load_sae", _sae_of_another_layer),
+        ("mi_utils.sae", "train_sae", _sae_of_another_layer),
+    )),
     Fault("LayerNorm scale ignored", (
         ("mi_utils.attribution", "_direction", _direction_unscaled),
         ("mi_utils.models", "unembed", _unembedded_unscaled),
