@@ -113,7 +113,9 @@ def _write(
     if source.path.suffix == ".ipynb":
         body = notebook_html(nbformat.read(root / source.path, as_version=4), folder=folder, link=link)
     else:
-        body = markdown_html(source.text, folder=folder, link=link)
+        # In a text, links to headings are written as GitHub makes them: in small letters.
+        body = re.sub(r'(<h\d id="|href="#)([^"]+)"', lambda found: f'{found[1]}{found[2].lower()}"',
+                      markdown_html(source.text, folder=folder, link=link))  # fmt: skip
 
     def step(to: Source | None, kind: str, arrow: str) -> str:
         if to is None:

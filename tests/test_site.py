@@ -146,7 +146,7 @@ const box = element => { const b = element.getBoundingClientRect(); return [b.wi
 return [...document.querySelectorAll('.figure > .plot')].map(plot => ({
   id: plot.id,
   box: plot.querySelector('svg.main-svg') ? box(plot.querySelector('svg.main-svg')) : [0, 0],
-  traces: plot.data ? plot.data.length : -1,
+  traces: plot.data ? plot.data.filter(trace => !trace.x || trace.x.length).length : -1,
   drawn: plot.querySelectorAll('.plot .trace, .hm').length,
   title: plot.querySelector('.gtitle') ? box(plot.querySelector('.gtitle'))[0] : 0,
   axes: [...plot.querySelectorAll('[class^=x][class$=title], [class^=y][class$=title]')].map(t => t.textContent),
