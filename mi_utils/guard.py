@@ -19,8 +19,8 @@ SKIPPING_TAGS = {"nbval-skip", "nbval-ignore-output", "pytest-validate-ignore-ou
 # as nbval reads them: a comment, or the same words as a tag
 RAISING = re.compile(r"#\s*NBVAL_RAISES_EXCEPTION", re.IGNORECASE)
 RAISING_TAGS = {"raises-exception", "nbval-raises-exception"}
-# an outside address in a comment is a source, in code it is a request
-ADDRESS = re.compile(r"https?://[^\s\"')]+")
+# an outside address in a comment is a source, in code it is a request; one's own machine is not outside
+ADDRESS = re.compile(r"https?://(?!localhost\b)[^\s\"')]+")
 
 
 def count_claims(source: str) -> int:
