@@ -170,7 +170,11 @@ def model():
 
 def pytest_terminal_summary(terminalreporter):
     """What took how long, and the table of `test_mutations.py`."""
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    reports = [
+        report
+        for outcome in ("passed", "failed", "xfailed", "xpassed")
+        for report in terminalreporter.getreports(outcome)
+    ]
     _what_took_how_long(terminalreporter, [*reports, *terminalreporter.getreports("")])
     _planted_faults(terminalreporter, reports)
 
