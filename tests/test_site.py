@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from functools import cache
 from html import unescape
@@ -207,11 +208,19 @@ def undrawn(looks: list[dict]) -> list[str]:
     ]  # fmt: skip
 
 
+def settled_looks(browser, patience: float = 20) -> list[dict]:
+    """The figures once all are drawn; as they are when patience is at its end, on a busy machine."""
+    end = time.monotonic() + patience
+    while undrawn(looks := browser.execute_script(LOOK)) and time.monotonic() < end:
+        time.sleep(0.5)
+    return looks
+
+
 @every_page
 def test_in_a_browser_every_figure_is_drawn_and_nothing_comes_from_outside(built, browser, source):
     resize(browser, 1280)
     browser.get((built / source.page).as_uri())
-    looks = browser.execute_script(LOOK)
+    looks = settled_looks(browser)
     assert len(looks) == figures_stored(source)
     assert undrawn(looks) == []
     resize(browser, PHONE)
