@@ -455,7 +455,7 @@ def estimate_memory(
     kept = {
         "forward": 0,
         "cache": everything,
-        "patching": shape.n_layers * tokens * (shape.d_model + 2 * kv_width + 2 * _site_width(shape, site, seq)),
+        "patching": shape.n_layers * tokens * (shape.d_model + 2 * kv_width + 2 * site_width(shape, site, seq)),
     }[task]
     # Models with gated MLPs keep the three matrices apart already.
     copies = 0 if shape.gated_mlp else shape.n_layers * shape.d_model * (width + 2 * kv_width)
@@ -469,8 +469,8 @@ def estimate_memory(
     )
 
 
-def _site_width(shape: ModelShape, site: str, seq: int) -> int:
-    """Numbers that a site holds for a token."""
+def site_width(shape: ModelShape, site: str, seq: int = 1) -> int:
+    """Numbers that a site holds for a token, heads laid side by side; of a pattern, in prompts of ``seq`` tokens."""
     width, kv_width = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
     inside = {"q": width, "z": width, "k": kv_width, "v": kv_width, "mlp_post": shape.d_mlp}
     return shape.n_heads * seq if site == "pattern" else inside.get(site, shape.d_model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mi_utils.compute import BYTES, ModelShape, choose_tool, estimate_memory, format_bytes
+from mi_utils.compute import BYTES, ModelShape, choose_tool, estimate_memory, format_bytes, site_width
 
 if TYPE_CHECKING:
     import torch
@@ -127,11 +127,6 @@ def _sites(shape: ModelShape, batch: int, seq: int) -> int:
     return shape.n_layers * (tokens * per_token + batch * shape.n_heads * seq * seq)
 
 
-def _width(shape: ModelShape, site: str) -> int:
-    width, kv_width = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
-    return {"q": width, "z": width, "k": kv_width, "v": kv_width, "mlp_post": shape.d_mlp}.get(site, shape.d_model)
-
-
 def _sweep(
     shape: ModelShape, tool: str, batch: int, seq: int, dtype: str, site: str, device: torch.device | str
 ) -> dict[str, int]:
@@ -151,7 +146,7 @@ def _sweep(
         return {"the sweep's peak": plan.nbytes}
     rows = min(max(1, tokens // seq), max(1, batch * shape.n_layers * (seq - 1)))
     return {
-        "activations put in": shape.n_layers * batch * seq * _width(shape, site) * size,
+        "activations put in": shape.n_layers * batch * seq * site_width(shape, site) * size,
         "the largest pass": _at_work(shape, rows, seq, size) + rows * seq * shape.d_model * size,
     }
 
@@ -161,7 +156,7 @@ def _sae(
 ) -> dict[str, int]:
     """Weights, gradients and Adam's moments in float32; a buffer of activations, twice while its parts are joined; one
     step's pre-activations, activations and their gradients."""
-    width = _width(shape, site)
+    width = site_width(shape, site)
     parameters = 2 * n_features * width + n_features + width
     rows = max(1, SAE_FORWARD // seq)
     filling = buffer_tokens * width * size + _at_work(shape, rows, seq, size)

@@ -9,7 +9,6 @@ from Transformers with the Tuned Lens" (arXiv:2303.08112).
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -432,14 +431,8 @@ def _streams(model: Any, tokens: Int[Tensor, "prompt pos"]) -> list[Float[Tensor
 
 def _row_streams(model: Any, rows: Rows) -> Iterator[tuple[list[int], Float[Tensor, "layer row pos d_model"]]]:
     """Rows of one length at a time, so that nothing is padded; with the numbers of the rows."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        by_length[len(row)].append(number)
-    for length, numbers in sorted(by_length.items()):
-        size = max(1, BATCH_TOKENS // length)
-        for start in range(0, len(numbers), size):
-            chosen = numbers[start : start + size]
-            yield chosen, torch.stack(_streams(model, torch.stack([rows[number] for number in chosen])))
+    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
+        yield chosen, torch.stack(_streams(model, tokens))
 
 
 def _kl(p: Float[Tensor, "... d_vocab"], q: Float[Tensor, "... d_vocab"]) -> Float[Tensor, ...]:

@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_utils import models
-from mi_utils.compute import BYTES, ModelShape, available_memory, estimate_memory, format_bytes
+from mi_utils.compute import BYTES, ModelShape, available_memory, estimate_memory, format_bytes, site_width
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -126,7 +126,7 @@ class Passport:
         info = models.info(model)
         here = {
             "model": _model_name(info), "processing": info.processing, "dtype": info.dtype,
-            "d_model": _width(info.shape, self.site),
+            "d_model": site_width(info.shape, self.site),
         }  # fmt: skip
         if not 0 <= self.layer < info.shape.n_layers:
             raise WrongSAE(f"This SAE is for layer {self.layer}; {info.name} has {info.shape.n_layers}, from 0.")
@@ -157,11 +157,6 @@ def _short_name(name: str) -> str:
 
     ids = {hub_id: short for short, hub_id in SHORT_NAMES.items()}
     return ids.get(name) or ids.get(f"openai-community/{name}") or name
-
-
-def _width(shape: ModelShape, site: str) -> int:
-    """Numbers that a site holds for a token, heads laid side by side."""
-    return {"z": shape.n_heads * shape.d_head, "mlp_post": shape.d_mlp}.get(site, shape.d_model)
 
 
 # -------------------------------------------------------------------------------------------------------- autoencoder
@@ -628,27 +623,13 @@ def row_activations(model: Any, rows: Sequence[Sequence[int]], site: str, layer:
     """
     bos = model.tokenizer.bos_token_id
     kept: list[Tensor | None] = [None] * len(rows)
-    for chosen, tokens in _batches(rows):
+    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
         values = models.cache(model, tokens, [site], [layer])[site, layer].flatten(2)
         for i, row, value in zip(chosen, tokens, values, strict=True):
             kept[i] = value[row.to(value.device) != bos]
     if not rows:
         raise ValueError("No rows of tokens.")
     return torch.cat(kept)
-
-
-def _batches(
-    rows: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[list[int], Int[Tensor, "row pos"]]]:
-    """(numbers, tokens) of rows of one length, about so many tokens at a time."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        by_length[len(row)].append(i)
-    for length, numbers in sorted(by_length.items()):
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(numbers), size):
-            chosen = numbers[start : start + size]
-            yield chosen, torch.stack([torch.as_tensor(rows[i]) for i in chosen])
 
 
 class ActivationBuffer:
@@ -759,7 +740,7 @@ def estimate_sae_training(
     _check_settings(site, architecture, n_features, batch_size)
     seq = min(shape.n_ctx, 128)
     forward = estimate_memory(shape, batch=max(1, BATCH_TOKENS // seq), seq=seq, dtype=dtype)
-    width, size = _width(shape, site), BYTES[dtype]
+    width, size = site_width(shape, site), BYTES[dtype]
     passes = 2 if architecture == "topk" else 8  # copies of [batch, feature] alive at once
     parameters = 2 * n_features * width + n_features + width
     return TrainingEstimate(
@@ -866,7 +847,7 @@ def train_sae(
     )  # fmt: skip
     inner = inner.to(dtype=getattr(torch, info.dtype))
     passport = Passport(
-        model=_model_name(info), site=site, layer=layer, d_model=_width(info.shape, site), n_features=n_features,
+        model=_model_name(info), site=site, layer=layer, d_model=site_width(info.shape, site), n_features=n_features,
         architecture=architecture, activation=_activation(inner.cfg), normalisation=inner.cfg.normalize_activations,
         processing=info.processing, dtype=info.dtype, corpus=source.name, n_tokens=n_tokens, seed=seed,
         context=info.shape.n_ctx, versions=_versions(), training=training,
@@ -1232,7 +1213,7 @@ def _cross_entropy(
     replaced by a function of them."""
     bos = model.tokenizer.bos_token_id
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    for chosen, tokens in _batches(rows):
+    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
         tokens = tokens.to(models.info(model).device)
         inside = tokens != bos
 
@@ -1290,7 +1271,7 @@ def evaluate_sae(model: Any, sae: SparseAutoencoder, rows: Sequence[Sequence[int
     sums = defaultdict(float)
     x_sum: Tensor | float = 0.0
     bias = sae.decode(torch.zeros(1, sae.n_features, dtype=sae.directions.dtype, device=info.device))[0]
-    for chosen, tokens in _batches(rows):
+    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
         inside = (tokens != bos).to(info.device)
         x = models.cache(model, tokens, [sae.site], [sae.layer])[sae.site, sae.layer].flatten(2)
         features = torch.zeros(*x.shape[:2], sae.n_features, dtype=x.dtype, device=x.device)
