@@ -303,16 +303,19 @@ class _Enough(Exception):
 
 
 class _Past:
-    """Stands where a block expects its cache: puts stored keys and values before those it has computed."""
+    """Stands where a block expects its cache: puts stored keys and values before those it has computed.
+
+    Raises ``_Enough`` as soon as it has the keys and values of layer ``end``.
+    """
 
     def __init__(
         self,
         stored: dict[int, tuple[Tensor, Tensor]],
         until: int,
         record: dict | None = None,
-        end_there: bool = False,
+        end: int | None = None,
     ) -> None:
-        self.stored, self.until, self.record, self.end_there = stored, until, record, end_there
+        self.stored, self.until, self.record, self.end = stored, until, record, end
         self.prompts: Int[Tensor, " row"] | None = None  # whose keys and values the rows take; else each row its own
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -321,7 +324,7 @@ class _Past:
             keys, values = (self._joined(stored, new) for stored, new in pairs)
         if self.record is not None:
             self.record[layer] = (keys.contiguous(), values.contiguous())
-        if self.end_there:
+        if layer == self.end:
             raise _Enough
         return keys, values
 
@@ -362,8 +365,9 @@ class Blocks:
         positions are computed once; the rest in batches of one shape, so that what is equal comes out equal."""
         keep, prefix = list(keep), {}
         if start:
-            past = _Past({}, 0, record=prefix)
-            self._through(self._embed(base)[:, :start], slice(0, start), past)
+            past = _Past({}, 0, record=prefix, end=self.n_layers - 1)
+            with suppress(_Enough):
+                self._through(self._embed(base)[:, :start], slice(0, start), past)
         return (
             self._run(base, keep, start, prefix, whole=True),
             None if source is None else self._run(source, keep, start, prefix, whole=False),
@@ -452,7 +456,7 @@ class Blocks:
         """Of the positions before the last one, the last block gives their keys and values to the past, no more."""
         layer, last = self.n_layers - 1, self.n_tokens - 1
         record: dict = {}
-        peek = _Past(past.stored, past.until, record, end_there=True)
+        peek = _Past(past.stored, past.until, record, end=layer)
         peek.prompts = past.prompts
         with suppress(_Enough):
             models.run_block(self.model, layer, stream, self.arguments[layer], positions, peek)

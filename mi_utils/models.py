@@ -6,6 +6,7 @@ here, so that a change of the library is a change of this file.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -225,7 +226,11 @@ def _gelu(x: Tensor) -> Tensor:
 
     if x.device.type != "cpu" or x.itemsize < 4:
         return torch.nn.functional.gelu(x, approximate="tanh")
-    return torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(8 / math.pi)).sigmoid_() * x
+    scale = math.sqrt(8 / math.pi)
+    twice = torch.addcmul(x.new_tensor(scale), x, x, value=0.044715 * scale)  # 2u by x
+    if torch.is_grad_enabled():
+        return (twice * x).sigmoid_() * x
+    return twice.mul_(x).sigmoid_().mul_(x)  # in place: the memory of a new tensor costs more than the product
 
 
 def info(model: Any) -> ModelInfo:
@@ -694,14 +699,20 @@ def run_block(
     block = model.blocks[layer]
     here = {name: _at_positions(name, value, positions) for name, value in arguments.items()}
     if past is not None:
-        taken = signature(block.original_component.forward).parameters
-        name = next((name for name in ("past_key_values", "layer_past") if name in taken), None)
+        name = _past_argument(type(block.original_component))
         if name is None:
             raise NotImplementedError(f"The blocks of {info(model).name} take no cached keys and values.")
         here[name] = past
     with _hooks(model, hooks):
         output = block(stream, **here)
     return output[0] if isinstance(output, tuple) else output
+
+
+@functools.cache
+def _past_argument(block: type) -> str | None:
+    """What a class of blocks calls the keys and values of the positions before."""
+    taken = signature(block.forward).parameters
+    return next((name for name in ("past_key_values", "layer_past") if name in taken), None)
 
 
 def _at_positions(name: str, value: Any, positions: slice) -> Any:

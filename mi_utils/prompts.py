@@ -138,7 +138,7 @@ class PromptPairs:
         rows = torch.as_tensor(chosen, device=self.clean_tokens.device)
         part = copy.copy(self)
         for name in ("clean", "corrupted", "correct", "incorrect", "template"):
-            setattr(part, name, tuple(getattr(self, name)[i] for i in chosen))
+            setattr(part, name, tuple(map(getattr(self, name).__getitem__, chosen.tolist())))
         for name in ("clean_tokens", "corrupted_tokens", "correct_ids", "incorrect_ids"):
             setattr(part, name, getattr(self, name)[rows])
         if self._logit_diffs is not None:
