@@ -19,7 +19,8 @@ import torch
 from common import Row, threads
 
 from mi_utils import load_model
-from mi_utils.features import feature_activations, feature_search, token_batches
+from mi_utils.features import feature_activations, feature_search
+from mi_utils.tokens import token_batches
 
 TITLE = "Feature search"
 N_TOKENS, N_FEATURES, L0 = 1_000_000, 2048, 16

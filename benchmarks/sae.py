@@ -23,6 +23,7 @@ from common import Row, interleaved, median_ratio, threads
 from mi_utils import load_model
 from mi_utils import sae as saes
 from mi_utils.models import hook_name
+from mi_utils.tokens import TokenSource
 
 TITLE = "Training sparse autoencoders"
 SITE, LAYER, CONTEXT = "resid_post", 1, 128
@@ -40,7 +41,7 @@ def _rows(model: Any) -> list[list[int]]:
     stream: list[int] = []
     rows: list[list[int]] = []
     bos = model.tokenizer.bos_token_id
-    for _, row in saes.TokenSource(model).rows():
+    for _, row in TokenSource(model).rows():
         stream += row
         while len(stream) >= CONTEXT - 1:
             rows.append([bos, *stream[: CONTEXT - 1]])

@@ -139,20 +139,13 @@ def attribute(
     direction, constant = _direction(model, cached["resid_post", n_layers - 1][:, -1], correct, incorrect)
     n_positions = cached["v", 0].shape[1] if by == "position" else None
 
-    def along(written: Tensor) -> np.ndarray:
-        values = (written.double() * direction).sum(-1).cpu().numpy()
-        if n_positions is None:
-            return values
-        return np.pad(values[:, None], ((0, 0), (n_positions - 1, 0)))  # all of it at the last position
-
     start = cached["resid_pre", 0][:, -1]
-    parts: dict[Part, np.ndarray] = {}
+    parts: dict[Part, Any] = {}  # a tensor is what a part writes at the last position [prompt, d_model]
     position = cached.get(("pos_embed", 0))
     if position is None or by == "layer":
-        parts[EMBED] = along(start)
+        parts[EMBED] = start
     else:
-        parts[EMBED] = along(start.double() - position[:, -1].double())
-        parts[POS_EMBED] = along(position[:, -1])
+        parts |= {EMBED: start.double() - position[:, -1].double(), POS_EMBED: position[:, -1]}
     single = direction.float()
     for layer in range(n_layers):
         if by in ("head", "position"):
@@ -160,21 +153,26 @@ def attribute(
             reads = (single @ w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2])  # [prompt, head, d_head]
             for head, values in enumerate(_heads(cached, layer, reads, by)):
                 parts[f"L{layer}H{head}", "head", layer] = values
-            parts[f"attn bias L{layer}", "bias", layer] = along(models.b_O(model, layer).expand_as(start))
-            parts[f"mlp L{layer}", "mlp", layer] = along(cached["mlp_out", layer][:, -1])
+            parts[f"attn bias L{layer}", "bias", layer] = models.b_O(model, layer).expand_as(start)
+            parts[f"mlp L{layer}", "mlp", layer] = cached["mlp_out", layer][:, -1]
         elif by == "neuron":
-            parts[f"attn L{layer}", "attn", layer] = along(cached["attn_out", layer][:, -1])
+            parts[f"attn L{layer}", "attn", layer] = cached["attn_out", layer][:, -1]
             reads = single @ models.W_out(model, layer).float().T
             parts[f"neurons L{layer}", "neuron", layer] = (cached["mlp_post", layer][:, -1] * reads).cpu().numpy()
-            parts[f"mlp bias L{layer}", "bias", layer] = along(models.b_out(model, layer).expand_as(start))
+            parts[f"mlp bias L{layer}", "bias", layer] = models.b_out(model, layer).expand_as(start)
         else:
-            attn, mlp = (along(cached[site, layer][:, -1]) for site in ("attn_out", "mlp_out"))
+            attn, mlp = (cached[site, layer][:, -1] for site in ("attn_out", "mlp_out"))
             if by == "layer":
-                parts[f"L{layer}", "layer", layer] = attn + mlp
+                parts[f"L{layer}", "layer", layer] = attn.double() + mlp.double()
             else:
                 parts |= {(f"attn L{layer}", "attn", layer): attn, (f"mlp L{layer}", "mlp", layer): mlp}
-    constant = constant.cpu().numpy()
-    parts[BIAS] = constant if n_positions is None else np.pad(constant[:, None], ((0, 0), (n_positions - 1, 0)))
+    written = {part: values for part, values in parts.items() if isinstance(values, Tensor)}
+    stacked = torch.stack([values.double() for values in written.values()])
+    along = torch.einsum("cpm,pm->cp", stacked, direction).cpu().numpy()
+    parts |= dict(zip((*written, BIAS), (*along, constant.cpu().numpy()), strict=True))
+    if n_positions is not None:  # all of it at the last position
+        last = ((0, 0), (n_positions - 1, 0))
+        parts |= {part: np.pad(parts[part][:, None], last) for part in (*written, BIAS)}
     return parts
 
 

@@ -24,13 +24,13 @@ from jaxtyping import Bool, Float, Int
 from mi_utils import models, probing
 from mi_utils.features import Dictionary, check_dictionary
 from mi_utils.probing import LabelledTokens
+from mi_utils.tokens import BATCH_TOKENS
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from mi_utils.smallworld.corpus import Document, Label
 
-BATCH_TOKENS = 4096
 LEAST = {"examples": 20, "word": 3, "template": 1}  # that a concept must hold on, in each half, to be searched for
 MOST_ALWAYS = 0.75  # F1 of saying yes to every token, above which a good F1 would say little
 SHUFFLES = 499

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
 TASKS = ("forward", "cache", "patching", "sae")
 DTYPES = (*BYTES, "int8")
 
-# What an SAE is trained with unless told otherwise: as ``train_sae``.
-SAE_BATCH, SAE_BUFFER, SAE_EXPANSION, SAE_FORWARD = 4096, 250_000, 8, 4096
+# What ``train_sae`` trains with unless told otherwise, and the tokens of its held-out text.
+SAE_BATCH, SAE_BUFFER, SAE_EXPANSION, SAE_HELD_OUT = 4096, 250_000, 8, 2000
+# Tensors [token, feature] that are alive at one time: in a training step, and in a look at the held-out text. Counted
+# on SAELens' trainers (``tests/test_estimate.py``); the fast step of TopK makes few.
+SAE_COPIES = {
+    "topk": (2, 3), "batchtopk": (12, 5.5), "matryoshka": (13, 5.5), "standard": (8.5, 3.5), "jumprelu": (8.5, 3.5),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def estimate(
     site: str = "resid_pre",
     device: torch.device | str = "cpu",
     n_features: int | None = None,
+    architecture: str = "topk",
     sae_batch: int = SAE_BATCH,
     buffer_tokens: int = SAE_BUFFER,
 ) -> Estimate:
@@ -66,18 +72,19 @@ def estimate(
         shape: ``known_shape("gpt2-xl")`` or ``ModelShape.from_config``.
         task: "forward" (the logits of a batch); "cache" (every activation of a batch, as an unfiltered
             ``run_with_cache`` keeps them; with nnsight, which has none, the sites of this course); "patching" (a sweep
-            over layers and positions of ``batch`` pairs that differ from the second token on); "sae" (training a TopK
-            autoencoder at one site).
+            over layers and positions of ``batch`` pairs that differ from the second token on); "sae" (``train_sae`` at
+            one site).
         batch, seq: prompts, and tokens in each.
         dtype: "float32", "bfloat16", "float16"; "int8" holds weights in 8 bits, embeddings and activations in 16.
         tool: "TransformerLens" (folded weights, ``load_model``) or "nnsight" (``load_large_model``); by default the
             one for the model's size.
         site: what is patched or reconstructed.
         device: decides how much goes into one pass of a sweep ("cpu" or "cuda").
-        n_features, sae_batch, buffer_tokens: of the autoencoder: 8 × d_model, and as in ``train_sae``, by default.
+        n_features, architecture, sae_batch, buffer_tokens: of the autoencoder: 8 × d_model, and as in ``train_sae``, by
+            default.
 
     Raises:
-        ValueError: unknown task or dtype, or more tokens than the context holds.
+        ValueError: unknown task, dtype, site or architecture, or more tokens than the context holds.
     """
     if task not in TASKS:
         raise ValueError(f"Unknown task {task!r}: use {', '.join(TASKS)}.")
@@ -100,7 +107,8 @@ def estimate(
     elif task == "patching":
         parts |= _sweep(shape, tool, batch, seq, floats, site, device)
     else:
-        parts |= _sae(shape, seq, size, site, n_features or SAE_EXPANSION * shape.d_model, sae_batch, buffer_tokens)
+        n_features = n_features or SAE_EXPANSION * shape.d_model
+        parts |= _sae(shape, size, site, n_features, architecture, sae_batch, buffer_tokens)
     return Estimate(task, tool, parts)
 
 
@@ -152,17 +160,22 @@ def _sweep(
 
 
 def _sae(
-    shape: ModelShape, seq: int, size: int, site: str, n_features: int, batch: int, buffer_tokens: int
+    shape: ModelShape, size: int, site: str, n_features: int, architecture: str, batch: int, buffer_tokens: int
 ) -> dict[str, int]:
-    """Weights, gradients and Adam's moments in float32; a buffer of activations, twice while its parts are joined; one
-    step's pre-activations, activations and their gradients."""
-    width = site_width(shape, site)
+    """Weights, gradients and Adam's moments in float32; a buffer of activations, twice while its parts are joined; and
+    what comes and goes beside them: a forward pass, a training step, a look at the held-out text."""
+    from mi_utils.tokens import BATCH_TOKENS
+
+    if architecture not in SAE_COPIES:
+        raise ValueError(f"Unknown architecture {architecture!r}: use {', '.join(SAE_COPIES)}.")
+    width, (in_step, held_out) = site_width(shape, site), SAE_COPIES[architecture]
     parameters = 2 * n_features * width + n_features + width
-    rows = max(1, SAE_FORWARD // seq)
-    filling = buffer_tokens * width * size + _at_work(shape, rows, seq, size)
-    step = max(batch * (3 * n_features + 4 * width) * 4, 2 * parameters * 4)  # backward, or Adam's temporaries
+    seq = min(shape.n_ctx, 128)
+    filling = buffer_tokens * width * size + _at_work(shape, max(1, BATCH_TOKENS // seq), seq, size)
+    step = batch * (in_step * n_features + 6 * width) * 4
+    watching = SAE_HELD_OUT * (held_out * n_features + 6 * width) * 4
     return {
         "autoencoder and Adam": 4 * parameters * 4,
         "buffer": buffer_tokens * (width * size + 8),
-        "a step, or filling": max(step, filling),
+        "a step, or filling": int(max(filling, step, watching)),
     }

@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 TIES = "of equal activations the earlier token"
 OCTAVES, PARTS = (-10, 10), 4  # the histogram: powers of two from 2**-10 to 2**10, each cut into four equal parts
 N_BINS = (OCTAVES[1] - OCTAVES[0]) * PARTS + 2  # and one below, one above
-BATCH_TOKENS = 4096
 SAVE_EVERY = 30.0  # seconds
 
 
@@ -82,27 +81,6 @@ def feature_activations(
 # --------------------------------------------------------------------------------------------------------- the stream
 
 
-def token_batches(
-    rows: Iterable[Sequence[int] | Int[Tensor, " pos"]], bos: int, batch_tokens: int = BATCH_TOKENS
-) -> Iterator[Int[Tensor, "row pos"]]:
-    """Rows of tokens as batches, in their order. Shorter rows are filled up with BOS at their end, where causal
-    attention keeps it from what stands before; :func:`feature_search` does not count it."""
-    batch: list[list[int]] = []
-    for row in rows:
-        row = [int(token) for token in row]
-        if batch and max(len(row), *map(len, batch)) * (len(batch) + 1) > batch_tokens:
-            yield _padded(batch, bos)
-            batch = []
-        batch.append(row)
-    if batch:
-        yield _padded(batch, bos)
-
-
-def _padded(rows: Sequence[Sequence[int]], bos: int) -> Int[Tensor, "row pos"]:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[bos] * (longest - len(row))] for row in rows])
-
-
 def feature_search(
     model: Any,
     sae: Dictionary,
@@ -127,7 +105,7 @@ def feature_search(
     A token counts unless it is BOS, EOS or padding.
 
     Args:
-        batches: rows of tokens, BOS first; :func:`token_batches` makes them from rows of any length. An endless
+        batches: rows of tokens, BOS first; ``token_batches`` makes them from rows of any length. An endless
             stream will do.
         n_tokens: the stream ends with the batch that reaches so many counted tokens; by default at its own end.
         window: how many tokens before and after an example to keep beside it.

@@ -21,14 +21,12 @@ from torch import Tensor
 
 from mi_utils import models
 from mi_utils.prompts import PromptPairs
+from mi_utils.tokens import BATCH_TOKENS, batches_of_one_length
 
 if TYPE_CHECKING:
     import xarray as xr
 
     Rows = Sequence[Int[Tensor, " pos"]]
-
-BATCH_TOKENS = 4096  # in one forward pass over token rows
-
 
 # --------------------------------------------------------------------------------------------------- the tuned lens
 
@@ -122,67 +120,6 @@ def _about(model: Any) -> dict[str, Any]:
     }
 
 
-def token_rows(
-    model: Any, n_tokens: int = 24_000, *, seed: int = 0, texts: Sequence[str] | None = None
-) -> list[Int[Tensor, " pos"]]:
-    """Rows of tokens to train and judge a lens on, no two the same, in random order: BOS and a text each.
-
-    Args:
-        n_tokens: at least so many in all, as far as there is text.
-        seed: draws the rows and their order.
-        texts: the text to use, an item a row, cut at the context's length. Without it an embedded model gets
-            documents of the corpus it was trained on, and any other model its own samples.
-
-    Raises:
-        ValueError: too little text for two rows, or a tokenizer without BOS.
-    """
-    info = models.info(model)
-    bos = model.tokenizer.bos_token_id
-    if bos is None:
-        raise ValueError(f"The tokenizer of {info.name} has no BOS token, but every row must begin with one.")
-    if texts is None:
-        embedded = Path(info.path) in models.EMBEDDED.values()
-        source = _corpus_rows(model, seed) if embedded else _sampled_rows(model, seed)
-    else:
-        source = ((bos, *model.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-    kept: dict[tuple[int, ...], None] = {}
-    total = 0
-    for row in source:
-        row = tuple(row[: info.shape.n_ctx])
-        if len(row) > 1 and row not in kept:
-            kept[row] = None
-            total += len(row)
-        if total >= n_tokens and len(kept) > 1:
-            break
-    if len(kept) < 2:
-        raise ValueError(f"{len(kept)} different rows: give at least two texts, to train on one and test on another.")
-    rows = list(kept)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return [torch.tensor(rows[i], device=info.device) for i in order]
-
-
-def _corpus_rows(model: Any, seed: int) -> Iterator[tuple[int, ...]]:
-    from mi_utils.smallworld.corpus import documents
-
-    bos = model.tokenizer.bos_token_id
-    for document in documents(10_000 + seed):  # not the seeds that the models were trained with
-        yield (bos, *model.tokenizer.encode(document.text, add_special_tokens=False))
-
-
-def _sampled_rows(model: Any, seed: int, length: int = 48, batch: int = 32) -> Iterator[tuple[int, ...]]:
-    """What the model itself says after BOS, at temperature 1. Endless; repeats are possible."""
-    device = models.info(model).device
-    generator = torch.Generator().manual_seed(seed)
-    bos = model.tokenizer.bos_token_id
-    while True:
-        tokens = torch.full((batch, 1), bos, device=device)
-        for _ in range(min(length, models.info(model).shape.n_ctx) - 1):
-            odds = models.run(model, tokens)[:, -1].float().softmax(-1).cpu()
-            odds[:, bos] = 0  # another text would begin
-            tokens = torch.cat([tokens, torch.multinomial(odds, 1, generator=generator).to(device)], dim=1)
-        yield from map(tuple, tokens.tolist())
-
-
 def train_tuned_lens(
     model: Any,
     rows: Rows,
@@ -201,7 +138,7 @@ def train_tuned_lens(
     The streams of all rows are held in memory: tokens × (n_layers + 1) × d_model numbers.
 
     Args:
-        rows: from :func:`token_rows`. Keep some back to judge the lens on (:func:`lens_quality`).
+        rows: from ``token_rows``. Keep some back to judge the lens on (:func:`lens_quality`).
         batch_size: tokens in one step.
         shuffle_targets: the control. Each token gets the final distribution of another one, so all that can be
             learned is how common each answer is. What a real lens gains over this one is about the token.
@@ -431,7 +368,7 @@ def _streams(model: Any, tokens: Int[Tensor, "prompt pos"]) -> list[Float[Tensor
 
 def _row_streams(model: Any, rows: Rows) -> Iterator[tuple[list[int], Float[Tensor, "layer row pos d_model"]]]:
     """Rows of one length at a time, so that nothing is padded; with the numbers of the rows."""
-    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
+    for chosen, tokens in batches_of_one_length(rows, BATCH_TOKENS):
         yield chosen, torch.stack(_streams(model, tokens))
 
 

@@ -505,22 +505,6 @@ def single_token(model: Any, text: str) -> int:
     return ids[0]
 
 
-def batches_of_one_length(
-    rows: Sequence[Sequence[int] | Int[Tensor, " pos"]], batch_tokens: int
-) -> Iterator[tuple[list[int], Int[Tensor, "row pos"]]]:
-    """(numbers, tokens) of rows of one length, about so many tokens at a time, so that nothing is padded."""
-    import torch
-
-    by_length: dict[int, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(number)
-    for length, numbers in sorted(by_length.items()):
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(numbers), size):
-            chosen = numbers[start : start + size]
-            yield chosen, torch.stack([torch.as_tensor(rows[number]) for number in chosen])
-
-
 def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
     """Each token as text. A byte that is no whole character shows as "\N{REPLACEMENT CHARACTER}"."""
     return [model.tokenizer.decode([int(token)]) for token in tokens]

@@ -17,9 +17,8 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -30,7 +29,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_utils import models
-from mi_utils.compute import BYTES, ModelShape, available_memory, estimate_memory, format_bytes, site_width
+from mi_utils.compute import BYTES, available_memory, format_bytes, site_width
+from mi_utils.estimates import SAE_BATCH, SAE_BUFFER, SAE_HELD_OUT, estimate
+from mi_utils.results import NothingChanged
+from mi_utils.tokens import (
+    BATCH_TOKENS,
+    ActivationBuffer,
+    TokenSource,
+    batches_of_one_length,
+    cut_rows,
+    row_activations,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -44,7 +53,6 @@ ARCHITECTURES = {  # ours: SAELens' name
     "topk": "topk", "batchtopk": "batchtopk", "standard": "standard", "jumprelu": "jumprelu",
     "matryoshka": "matryoshka_batchtopk",
 }  # fmt: skip
-BATCH_TOKENS = 4096  # tokens in one forward pass of the model
 
 # Read by every SAE when it is loaded. What it should explain here stands in its passport.
 PROBE_TEXTS = (
@@ -496,7 +504,7 @@ def _variance_explained(x: Float[Tensor, "token d_model"], reconstructed: Tensor
 
 
 def _probe_activations(model: Any, site: str, layers: Sequence[int]) -> dict[int, Float[Tensor, "token d_model"]]:
-    rows = list(_cut_rows(model, (model.tokenizer.encode(text, add_special_tokens=False) for text in PROBE_TEXTS)))
+    rows = list(cut_rows(model, (model.tokenizer.encode(text, add_special_tokens=False) for text in PROBE_TEXTS)))
     kept: dict[int, list[Tensor]] = defaultdict(list)
     for row in rows:
         tokens = torch.tensor([row])
@@ -533,222 +541,7 @@ def _check_layers(model: Any, sae: SparseAutoencoder) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- tokens
-
-
-class TokenSource:
-    """Rows of tokens in an order that never changes, so that a killed training run finds its place again.
-
-    Attributes:
-        name: for the passport.
-    """
-
-    def __init__(self, model: Any, tokens: Any = None, seed: int = 0) -> None:
-        self.model, self.seed = model, seed
-        if tokens is None:
-            self.name, self._items = f"smallworld corpus, documents({CORPUS_SEED + seed})", self._documents
-        elif isinstance(tokens, str | Path):
-            folder = Path(tokens).expanduser()
-            if not folder.is_dir():
-                raise ValueError(
-                    f"tokens={str(tokens)!r} is no local folder. Give a folder with text, JSON or parquet files or a "
-                    "dataset saved by `save_to_disk`; or load a dataset with datasets.load_dataset and give that."
-                )
-            self._data, self.name = _open_folder(folder), f"folder {folder.name}"
-            self._items = self._dataset
-        elif hasattr(tokens, "column_names") or hasattr(tokens, "features"):
-            self._data = tokens["train"] if "train" in getattr(tokens, "keys", dict)() else tokens
-            about = getattr(self._data, "info", None)
-            self.name = f"dataset {getattr(about, 'dataset_name', None) or 'given as an object'}"
-            self._items = self._dataset
-        else:
-            rows = [[int(token) for token in row] for row in tokens]
-            self.name, self._items = f"{len(rows)} given rows", lambda start: islice(rows, start, None)
-
-    def rows(self, start: int = 0) -> Iterator[tuple[int, list[int]]]:
-        """(number of the item, row): BOS and tokens, at most the context's length. An item that is longer goes on in
-        further rows, each behind a BOS of its own. Items before ``start`` are skipped without being tokenised."""
-        for number, item in enumerate(self._items(start), start=start):
-            ids = self.model.tokenizer.encode(item, add_special_tokens=False) if isinstance(item, str) else list(item)
-            for row in _cut_rows(self.model, [ids]):
-                yield number, row
-
-    def _documents(self, start: int) -> Iterator[str]:
-        from mi_utils.smallworld.corpus import documents
-
-        return (document.text for document in islice(documents(CORPUS_SEED + self.seed), start, None))
-
-    def _dataset(self, start: int) -> Iterator[Any]:
-        data = self._data.skip(start) if hasattr(self._data, "skip") else islice(self._data, start, None)
-        for item in data:
-            column = next((name for name in ("input_ids", "tokens", "text") if name in item), None)
-            if column is None:
-                raise ValueError(
-                    f"The dataset has the columns {', '.join(item)}: one of input_ids, tokens or text is needed. "
-                    "Rename yours with dataset.rename_column."
-                )
-            yield item[column]
-
-
-CORPUS_SEED = 20_000  # not the seeds that models were trained with, nor those of the lenses
-
-
-def _open_folder(folder: Path) -> Any:
-    from datasets import load_dataset, load_from_disk
-
-    if (folder / "state.json").is_file():
-        return load_from_disk(str(folder))
-    if (folder / "dataset_dict.json").is_file():
-        return load_from_disk(str(folder))["train"]
-    return load_dataset(str(folder), split="train")
-
-
-def _cut_rows(model: Any, items: Iterable[Sequence[int]]) -> Iterator[list[int]]:
-    bos, longest = model.tokenizer.bos_token_id, models.info(model).shape.n_ctx
-    if bos is None:
-        raise ValueError(f"The tokenizer of {models.info(model).name} has no BOS token, but every row begins with one.")
-    for ids in items:
-        ids = list(ids[1:]) if len(ids) and ids[0] == bos else list(ids)
-        for start in range(0, len(ids), longest - 1):
-            yield [bos, *ids[start : start + longest - 1]]
-
-
-def row_activations(model: Any, rows: Sequence[Sequence[int]], site: str, layer: int) -> Float[Tensor, "token d_model"]:
-    """Activations of a site at every token but BOS, row after row, heads laid side by side.
-
-    Rows of one length run together, so that nothing is padded.
-
-    Raises:
-        ValueError: no rows, or as ``models.cache``.
-    """
-    bos = model.tokenizer.bos_token_id
-    kept: list[Tensor | None] = [None] * len(rows)
-    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
-        values = models.cache(model, tokens, [site], [layer])[site, layer].flatten(2)
-        for i, row, value in zip(chosen, tokens, values, strict=True):
-            kept[i] = value[row.to(value.device) != bos]
-    if not rows:
-        raise ValueError("No rows of tokens.")
-    return torch.cat(kept)
-
-
-class ActivationBuffer:
-    """Batches of shuffled activations, a buffer at a time: computed once, then dealt out from memory.
-
-    The order depends on the seed and the buffer's number alone, so a run that is resumed at (buffer, batch) sees the
-    batches that it would have seen. An epoch over the source follows on another, in a new order.
-    """
-
-    def __init__(
-        self, model: Any, source: TokenSource, site: str, layer: int, *, batch_size: int, buffer_tokens: int,
-        seed: int, first_item: int = 0, passes: int = 1,
-    ) -> None:  # fmt: skip
-        self.model, self.source, self.site, self.layer = model, source, site, layer
-        self.batch_size, self.seed, self.passes = batch_size, seed, passes
-        self.buffer_tokens = max(buffer_tokens, batch_size)
-        self.first_item, self.item, self.number, self.batch, self.epoch = first_item, first_item, 0, 0, 0
-        self.values: Tensor | None = None
-        self._end = first_item
-
-    def state(self) -> dict[str, int]:
-        """Where the next batch comes from."""
-        return {"item": self.item, "number": self.number, "batch": self.batch, "epoch": self.epoch}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.item, self.number, self.batch, self.epoch = (state[key] for key in ("item", "number", "batch", "epoch"))
-        self.values = None
-
-    def fill(self) -> Float[Tensor, "token d_model"]:
-        """The buffer that the next batch comes from, in the order of the rows."""
-        if self.values is None:
-            rows, total, end = [], 0, self.item
-            for number, row in self.source.rows(self.item):
-                if total >= self.buffer_tokens and number >= end:
-                    break
-                rows.append(row)
-                total, end = total + len(row) - 1, number + 1
-            if total < self.batch_size and self.item > self.first_item:  # the source is at its end
-                self.item, self.epoch = self.first_item, self.epoch + 1
-                return self.fill()
-            if total < self.batch_size:
-                raise ValueError(
-                    f"{self.source.name} holds {total} tokens, less than one batch of {self.batch_size}. Give more "
-                    "text, or a smaller batch_size."
-                )
-            self.values, self._end = row_activations(self.model, rows, self.site, self.layer), end
-        return self.values
-
-    def __iter__(self) -> ActivationBuffer:
-        return self
-
-    def __next__(self) -> Float[Tensor, "batch d_model"]:
-        values = self.fill()
-        per_pass = len(values) // self.batch_size
-        if self.batch >= per_pass * self.passes:
-            self.item, self.number, self.batch, self.values = self._end, self.number + 1, 0, None
-            return next(self)
-        this_pass, place = divmod(self.batch, per_pass)
-        if place == 0 or getattr(self, "_order_of", None) != (self.number, this_pass):
-            generator = torch.Generator().manual_seed(hash((self.seed, self.number, this_pass)) % 2**62)
-            self._order = torch.randperm(len(values), generator=generator).to(values.device)
-            self._order_of = (self.number, this_pass)
-        self.batch += 1
-        return values[self._order[place * self.batch_size : (place + 1) * self.batch_size]]
-
-
 # ----------------------------------------------------------------------------------------------------------- training
-
-
-@dataclass(frozen=True)
-class TrainingEstimate:
-    """Bytes that training an SAE needs at its peak.
-
-    ``model``: weights and one forward pass. ``buffer``: activations kept, and their shuffled batches. ``autoencoder``:
-    weights, gradients and Adam's two moments. ``step``: pre-activations of one batch and what is computed from them.
-    """
-
-    model: int
-    buffer: int
-    autoencoder: int
-    step: int
-
-    @property
-    def total(self) -> int:
-        """Sum of the parts."""
-        return sum(getattr(self, each.name) for each in fields(self))
-
-    def table(self) -> str:
-        """The parts in readable units, a line each."""
-        rows = [(each.name, getattr(self, each.name)) for each in fields(self)]
-        return "\n".join(f"{name:<17} {format_bytes(size):>10}" for name, size in (*rows, ("total", self.total)))
-
-
-def estimate_sae_training(
-    model: Any, *, n_features: int, site: str = "resid_post", architecture: str = "topk", batch_size: int = 4096,
-    buffer_tokens: int = 250_000, dtype: str = "float32",
-) -> TrainingEstimate:  # fmt: skip
-    """Peak memory of :func:`train_sae`, before anything runs. Good to a factor of about 1.5.
-
-    Args:
-        model: a loaded model, or the shape of one that is not (``known_shape("gpt2-small")``).
-
-    Raises:
-        ValueError: unknown site, architecture or dtype.
-    """
-    shape = model if isinstance(model, ModelShape) else models.info(model).shape
-    _check_settings(site, architecture, n_features, batch_size)
-    seq = min(shape.n_ctx, 128)
-    forward = estimate_memory(shape, batch=max(1, BATCH_TOKENS // seq), seq=seq, dtype=dtype)
-    width, size = site_width(shape, site), BYTES[dtype]
-    passes = 2 if architecture == "topk" else 8  # copies of [batch, feature] alive at once
-    parameters = 2 * n_features * width + n_features + width
-    return TrainingEstimate(
-        model=forward.total - forward.logits,  # the run ends at the layer
-        buffer=2 * buffer_tokens * width * size + buffer_tokens * 8,  # rows of a buffer are joined: twice for a moment
-        autoencoder=4 * parameters * 4,
-        step=batch_size * (passes * n_features + 6 * width) * 4,
-    )
 
 
 def _check_settings(site: str, architecture: str, n_features: int, batch_size: int) -> None:
@@ -763,7 +556,7 @@ def _check_settings(site: str, architecture: str, n_features: int, batch_size: i
 def train_sae(
     model: Any, *, site: str, layer: int, n_features: int, architecture: str = "topk", k: float = 16,
     sparsity: float | None = None, tokens: Any = None, n_tokens: int = 2_000_000, seed: int = 0,
-    learning_rate: float = 1e-3, batch_size: int = 4096, buffer_tokens: int = 250_000, passes: int = 1,
+    learning_rate: float = 1e-3, batch_size: int = SAE_BATCH, buffer_tokens: int = SAE_BUFFER, passes: int = 1,
     widths: Sequence[int] | None = None, folder: str | Path | None = None, checkpoint_every: int = 500,
     monitor_every: int = 50, progress: bool = True, fast: bool = True,
 ) -> SparseAutoencoder:  # fmt: skip
@@ -808,20 +601,20 @@ def train_sae(
         raise ValueError(f"{info.name} has no layer {layer}: it has {info.shape.n_layers}, from 0.")
     if n_tokens < batch_size:
         raise ValueError(f"n_tokens={n_tokens} is less than one batch of {batch_size}.")
-    need = estimate_sae_training(
-        model, n_features=n_features, site=site, architecture=architecture, batch_size=batch_size,
-        buffer_tokens=min(buffer_tokens, n_tokens), dtype=info.dtype,
+    need = estimate(
+        info.shape, "sae", site=site, n_features=n_features, architecture=architecture, sae_batch=batch_size,
+        buffer_tokens=min(buffer_tokens, n_tokens), dtype=info.dtype, tool="TransformerLens",
     )  # fmt: skip
     there = available_memory(torch.device(info.device))
-    if need.total - need.model > there:  # the model is loaded already
+    if need.beside > there:  # the model is loaded already
         raise MemoryError(
-            f"Training needs about {format_bytes(need.total - need.model)} beside the model, and {info.device} has "
+            f"Training needs about {format_bytes(need.beside)} beside the model, and {info.device} has "
             f"{format_bytes(there)} left:\n{need.table()}\nTake a smaller buffer_tokens, batch_size or n_features."
         )
     source = TokenSource(model, tokens, seed)
     kept_out, first_item = [], 0
     for number, row in source.rows():
-        if sum(map(len, kept_out)) >= 2000 and number >= first_item:
+        if sum(map(len, kept_out)) >= SAE_HELD_OUT and number >= first_item:
             break
         kept_out.append(row)
         first_item = number + 1
@@ -1072,8 +865,8 @@ class _Watch:
     def __init__(self, model: Any, rows: Sequence[Sequence[int]], site: str, layer: int) -> None:
         self.model, self.rows, self.site, self.layer = model, rows, site, layer
         self.activations = row_activations(model, rows, site, layer)
-        self.clean = _cross_entropy(model, rows, site, layer, None).sum()
-        self.ablated = _cross_entropy(model, rows, site, layer, torch.zeros_like).sum()
+        clean, ablated = _clean_and_ablated(model, rows, site, layer)
+        self.clean, self.ablated = clean.sum(), ablated.sum()
 
     def __call__(self, encode: Any, reconstruct: Any) -> dict[str, float]:
         features = encode(self.activations)
@@ -1213,7 +1006,7 @@ def _cross_entropy(
     replaced by a function of them."""
     bos = model.tokenizer.bos_token_id
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
+    for chosen, tokens in batches_of_one_length(rows, BATCH_TOKENS):
         tokens = tokens.to(models.info(model).device)
         inside = tokens != bos
 
@@ -1229,6 +1022,23 @@ def _cross_entropy(
         losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
         sums[chosen] = (losses * (inside[:, :-1] & inside[:, 1:])).sum(1).double().cpu()
     return sums
+
+
+def _clean_and_ablated(
+    model: Any, rows: Sequence[Sequence[int]], site: str, layer: int
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """Losses as they are, and with zeros at the site: the two ends that "recovered" lies between.
+
+    Raises:
+        NothingChanged: they are the same.
+    """
+    clean, ablated = (_cross_entropy(model, rows, site, layer, how) for how in (None, torch.zeros_like))
+    if torch.equal(clean, ablated):
+        raise NothingChanged(
+            f"Zeros in place of {site} of layer {layer} change no prediction of {models.info(model).name}: nothing "
+            "depends on this site, or the replacement never took place. No loss can be recovered there."
+        )
+    return clean, ablated
 
 
 @torch.no_grad()
@@ -1256,6 +1066,7 @@ def evaluate_sae(model: Any, sae: SparseAutoencoder, rows: Sequence[Sequence[int
     Raises:
         WrongSAE: the SAE does not belong to this model.
         ValueError: no rows with at least two tokens behind BOS.
+        NothingChanged: the model predicts the same with zeros at the site.
     """
     import xarray as xr
 
@@ -1271,7 +1082,7 @@ def evaluate_sae(model: Any, sae: SparseAutoencoder, rows: Sequence[Sequence[int
     sums = defaultdict(float)
     x_sum: Tensor | float = 0.0
     bias = sae.decode(torch.zeros(1, sae.n_features, dtype=sae.directions.dtype, device=info.device))[0]
-    for chosen, tokens in models.batches_of_one_length(rows, BATCH_TOKENS):
+    for chosen, tokens in batches_of_one_length(rows, BATCH_TOKENS):
         inside = (tokens != bos).to(info.device)
         x = models.cache(model, tokens, [sae.site], [sae.layer])[sae.site, sae.layer].flatten(2)
         features = torch.zeros(*x.shape[:2], sae.n_features, dtype=x.dtype, device=x.device)
@@ -1291,14 +1102,10 @@ def evaluate_sae(model: Any, sae: SparseAutoencoder, rows: Sequence[Sequence[int
     mean = x_sum / count
     variance = sums["square"] - count * float(mean.square().sum())
     mean = mean.to(sae.directions.dtype)
-    losses = {
-        "": None,
-        "_sae": lambda x: sae.decode(sae.encode(x)),
-        "_zero": torch.zeros_like,
-        "_mean": lambda x: mean.expand_as(x),
-    }
+    replacements = {"_sae": lambda x: sae.decode(sae.encode(x)), "_mean": lambda x: mean.expand_as(x)}
     predicted = torch.tensor([n - 1 for n in n_tokens])
-    nats = {name: _cross_entropy(model, rows, sae.site, sae.layer, how) for name, how in losses.items()}
+    nats = dict(zip(("", "_zero"), _clean_and_ablated(model, rows, sae.site, sae.layer), strict=True))
+    nats |= {name: _cross_entropy(model, rows, sae.site, sae.layer, how) for name, how in replacements.items()}
 
     def recovered(ablated: str) -> float:
         worst, clean, ours = (float(nats[name].sum()) for name in (ablated, "", "_sae"))

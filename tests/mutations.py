@@ -252,7 +252,7 @@ FAULTS = (
     )),
     Fault("BOS dropped", (
         ("mi_utils.models", "to_tokens", _without_bos),
-        ("mi_utils.lens", "token_rows", _rows_without_bos),
+        ("mi_utils.tokens", "token_rows", _rows_without_bos),
     )),
     Fault("hooks that never fire", (("mi_utils.models", "_hook_point", _never_fires),)),
     Fault("clean and corrupted swapped", (("mi_utils.prompts", "PromptPairs.__init__", _pairs_swapped),)),

@@ -9,9 +9,9 @@ from test_patching import Bytes
 from typer.testing import CliRunner
 
 from mi_utils import __main__ as cli
-from mi_utils import compute, estimates, large, models, patching
+from mi_utils import compute, large, models, patching, sae
 from mi_utils.compute import ModelShape, known_shape
-from mi_utils.estimates import estimate
+from mi_utils.estimates import TASKS, estimate
 from mi_utils.prompts import PromptPairs, ioi_pairs
 
 
@@ -102,58 +102,31 @@ def test_sweeps_take_what_is_estimated(loaded, tool, site):
     assert need.beside == pytest.approx(peak, rel=0.25)
 
 
-class PlainSAE(torch.nn.Module):
-    """A TopK autoencoder as it is written down."""
-
-    def __init__(self, width, n_features):
-        super().__init__()
-        self.encoder = torch.nn.Parameter(torch.randn(width, n_features) / width**0.5)
-        self.decoder = torch.nn.Parameter(torch.randn(n_features, width) / n_features**0.5)
-        self.encoder_bias = torch.nn.Parameter(torch.zeros(n_features))
-        self.decoder_bias = torch.nn.Parameter(torch.zeros(width))
-
-    def forward(self, x, k=8):
-        before = (x - self.decoder_bias) @ self.encoder + self.encoder_bias
-        top = before.topk(k)
-        features = torch.zeros_like(before).scatter(-1, top.indices, top.values.relu())
-        return features @ self.decoder + self.decoder_bias
+SIZES = {"wide": (4096, 512, 4096), "large batches": (512, 4096, 8192), "large buffer": (2048, 2048, 100_000)}
 
 
-def train(model, width, n_features, batch, buffer_tokens, seq):
-    """Two buffers of activations, and two steps on each."""
-    sae = PlainSAE(width, n_features)
-    optimiser = torch.optim.Adam(sae.parameters(), 1e-3)
-    for _ in range(2):
-        parts = []
-        while sum(map(len, parts)) < buffer_tokens:
-            tokens = torch.randint(0, 300, (estimates.SAE_FORWARD // seq, seq))
-            parts.append(models.cache(model, tokens, ["resid_post"], layers=[1])["resid_post", 1].flatten(0, 1))
-        values = torch.cat(parts)[:buffer_tokens]
-        del parts
-        order = torch.randperm(len(values))
-        for step in range(2):
-            x = values[order[step * batch : (step + 1) * batch]]
-            optimiser.zero_grad()
-            (sae(x) - x).pow(2).sum(-1).mean().backward()
-            optimiser.step()
-        del values, order, x
-
-
-@pytest.mark.parametrize(("n_features", "batch", "buffer_tokens"), [(2048, 512, 8192), (4096, 1024, 4096)])
-def test_training_an_sae_takes_what_is_estimated(loaded, n_features, batch, buffer_tokens):
-    theirs, ours, _ = loaded
-    shape = ours.mi.shape
-    peak = counted(theirs, lambda: train(theirs, shape.d_model, n_features, batch, buffer_tokens, 64))
-    need = estimate(
-        shape,
-        "sae",
-        seq=64,
-        n_features=n_features,
-        sae_batch=batch,
-        buffer_tokens=buffer_tokens,
-        tool="TransformerLens",
-    )
+@pytest.mark.parametrize("architecture", sae.ARCHITECTURES)
+@pytest.mark.parametrize("size", SIZES)
+def test_training_an_sae_takes_what_is_estimated(architecture, size):
+    model, (n_features, batch, buffer_tokens) = models.load_model("smallworld", device="cpu"), SIZES[size]
+    rows = torch.randint(0, 1000, (1000, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = {"site": "resid_post", "n_features": n_features, "architecture": architecture}
+    peak = counted(model, lambda: sae.train_sae(
+        model, layer=1, batch_size=batch, buffer_tokens=buffer_tokens, n_tokens=max(buffer_tokens, 2 * batch),
+        tokens=rows, progress=False, monitor_every=1000, **settings,
+    ))  # fmt: skip
+    need = estimate(models.info(model).shape, "sae", sae_batch=batch, buffer_tokens=buffer_tokens, **settings)
     assert need.beside == pytest.approx(peak, rel=0.25)
+
+
+def test_an_autoencoder_is_four_copies_of_its_weights_in_single_precision():
+    shape = known_shape("gpt2-small")
+    stream, inside = (
+        estimate(shape, "sae", n_features=8192, site=site).parts["autoencoder and Adam"]
+        for site in ("resid_post", "mlp_post")
+    )
+    assert stream == 16 * (2 * 8192 * 768 + 8192 + 768)
+    assert inside == pytest.approx(4 * stream, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -224,7 +197,7 @@ def test_the_command_shows_every_task_and_what_fits(command, monkeypatch):
     monkeypatch.setattr(compute, "available_memory", lambda device: 40 * 2**30)
     status, output = command("llama-3.1-8b", "--batch", "16", "--dtype", "bfloat16")
     assert status == 0 and "8,030,261,248" in output and "nnsight" in output and "15.0 GiB" in output
-    assert all(task in output for task in estimates.TASKS) and "does not fit" not in output
+    assert all(task in output for task in TASKS) and "does not fit" not in output
     status, output = command("llama-3.1-8b", "--task", "patching")
     assert status == 0 and output.count("fits") == 1
     status, output = command("llama-3.1-70b")

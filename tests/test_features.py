@@ -18,11 +18,11 @@ from mi_utils.features import (
     feature_search,
     logit_effects,
     steer_feature,
-    token_batches,
 )
 from mi_utils.models import load_model
 from mi_utils.prompts import PromptPairs
 from mi_utils.results import NothingChanged
+from mi_utils.tokens import token_batches
 
 
 class Rectified:
@@ -246,12 +246,6 @@ def test_wrong_input_is_refused(tiny, dictionary):
     with pytest.raises(ValueError, match="no token that counts"):
         bos = tiny.tokenizer.bos_token_id
         feature_search(tiny, dictionary, [torch.full((2, 4), bos)], progress=False)
-
-
-def test_rows_of_any_length_become_batches():
-    rows = [[9, 1], [9, 1, 2, 3], [9], [9, 4, 5]]
-    batches = list(token_batches(rows, bos=9, batch_tokens=8))
-    assert [batch.tolist() for batch in batches] == [[[9, 1, 9, 9], [9, 1, 2, 3]], [[9, 9, 9], [9, 4, 5]]]
 
 
 # ---------------------------------------------------------------- a planted feature

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from mi_utils import models
-from mi_utils.lens import TunedLens, lens_quality, logit_lens, token_rows, top_tokens, train_tuned_lens
+from mi_utils.lens import TunedLens, lens_quality, logit_lens, top_tokens, train_tuned_lens
 from mi_utils.models import load_model
 from mi_utils.prompts import PromptPairs
+from mi_utils.tokens import token_rows
 
 
 @pytest.fixture(scope="module", params=["folded", "raw"])
@@ -91,33 +92,6 @@ def rows(raw):
 @pytest.fixture(scope="module")
 def tuned(raw, rows):
     return train_tuned_lens(raw, rows[:-10], steps=150, learning_rate=1e-2, progress=False)
-
-
-def test_rows_are_different_texts_with_one_bos_and_the_same_for_a_seed(raw, rows):
-    bos = raw.tokenizer.bos_token_id
-    kept = [tuple(row.tolist()) for row in rows]
-    assert sum(map(len, kept)) >= 3000 and len(set(kept)) == len(kept)
-    assert all(row[0] == bos and bos not in row[1:] for row in kept)
-    again = token_rows(raw, 3000, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
-    assert [row.tolist() for row in token_rows(raw, 500, seed=2)] != [row.tolist() for row in rows]
-
-
-def test_rows_of_given_texts(raw):
-    rows = token_rows(raw, texts=[" ba be bi", " ba be", " ba be"])
-    assert sorted(map(len, rows)) == [3, 4]
-    with pytest.raises(ValueError, match="1 different rows"):
-        token_rows(raw, texts=[" ba", " ba"])
-
-
-def test_an_embedded_model_gets_its_own_corpus(model, monkeypatch):
-    from mi_utils.smallworld.corpus import documents
-
-    monkeypatch.setitem(models.EMBEDDED, "random", models.Path(models.info(model).path))
-    rows = token_rows(model, 200)
-    first = next(documents(10_000)).text
-    expected = [model.tokenizer.bos_token_id, *model.tokenizer.encode(first, add_special_tokens=False)]
-    assert expected[: handset.N_CTX] in [row.tolist() for row in rows]
 
 
 def test_training_lowers_kl_on_held_out_rows_and_shuffled_targets_do_not(raw, rows, tuned):

@@ -16,9 +16,10 @@ import torch
 
 from mi_utils import models
 from mi_utils import sae as saes
-from mi_utils.compute import known_shape
 from mi_utils.models import load_model
+from mi_utils.results import NothingChanged
 from mi_utils.sae import BrokenSAE, SparseAutoencoder, WrongSAE
+from mi_utils.tokens import row_activations, token_rows
 
 SITE, LAYER = "resid_post", 0
 TEXTS = ["Mary and John went to the store.", "The cat sat on the mat because it was warm, and John left the house."]
@@ -150,7 +151,7 @@ def test_every_architecture_trains_saves_and_loads(architecture, tiny, rows, tmp
     about = sae.passport
     assert (about.architecture, about.n_features, about.d_model) == (architecture, 64, 32)
     assert ("jumprelu" in about.activation) == (architecture in ("batchtopk", "jumprelu", "matryoshka"))
-    x = saes.row_activations(tiny, rows[:20], SITE, LAYER)
+    x = row_activations(tiny, rows[:20], SITE, LAYER)
     features = sae.encode(x)
     assert features.shape == (len(x), 64) and (features >= 0).all() and sae.decode(features).shape == x.shape
     again = saes.load_sae(sae.save(tmp_path / "sae"), tiny)
@@ -238,73 +239,6 @@ def test_a_diverging_run_says_so(tiny, rows):
         )
 
 
-def test_the_estimate_covers_what_training_holds():
-    shape = known_shape("gpt2-small")
-    small, large = (saes.estimate_sae_training(shape, n_features=n) for n in (8192, 24576))
-    assert large.autoencoder == pytest.approx(16 * 2 * 24576 * 768, rel=0.01)  # four float32 copies of two matrices
-    assert large.total > small.total and small.buffer == large.buffer and small.model == large.model
-    assert "total" in large.table()
-    inside = saes.estimate_sae_training(shape, n_features=8192, site="mlp_post")
-    assert inside.autoencoder == pytest.approx(4 * small.autoencoder, rel=0.01)
-
-
-# ---------------------------------------------------------------- tokens and activations
-
-
-def test_activations_are_those_of_the_cache_without_bos(tiny, rows):
-    found = saes.row_activations(tiny, rows[:7], "z", 1)
-    expected = [models.cache(tiny, torch.tensor([row]), ["z"], [1])["z", 1][0, 1:].flatten(1) for row in rows[:7]]
-    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-4)
-
-
-def test_a_buffer_deals_every_activation_out_once_a_pass(tiny, rows):
-    source = saes.TokenSource(tiny, rows[:50])
-    n = sum(len(row) - 1 for row in rows[:50])
-    buffer = saes.ActivationBuffer(tiny, source, SITE, LAYER, batch_size=1, buffer_tokens=200, seed=0, passes=2)
-    first_rows = buffer.fill().clone()
-    dealt = torch.cat([next(buffer) for _ in range(2 * n)])
-    for half in (dealt[: len(first_rows)], dealt[len(first_rows) : 2 * len(first_rows)]):
-        order = [int((half == row).all(1).nonzero()[0]) for row in first_rows]
-        assert sorted(order) == list(range(len(first_rows))) != order
-    everything = saes.row_activations(tiny, rows[:50], SITE, LAYER)
-    torch.testing.assert_close(dealt.sum(0), 2 * everything.sum(0), atol=1e-2, rtol=1e-3)
-    assert buffer.epoch == 0
-    next(buffer)
-    assert buffer.epoch == 1  # the source is read again
-
-
-def test_rows_come_from_datasets_and_folders_alike(tiny, tmp_path):
-    from datasets import Dataset, DatasetDict
-
-    bos, encode = tiny.tokenizer.bos_token_id, lambda text: tiny.tokenizer.encode(text, add_special_tokens=False)
-    expected = [[bos, *encode(text)] for text in TEXTS]
-    as_text = Dataset.from_dict({"text": TEXTS})
-    as_ids = Dataset.from_dict({"input_ids": [[bos, *encode(TEXTS[0])], encode(TEXTS[1])]})
-    as_text.save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "lines").mkdir()
-    (tmp_path / "lines" / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    sources = (as_text, as_ids, DatasetDict(train=as_text), tmp_path / "saved", tmp_path / "lines", expected)
-    for tokens in sources:
-        source = saes.TokenSource(tiny, tokens)
-        assert [row for _, row in source.rows()] == expected
-        assert [row for _, row in source.rows(1)] == expected[1:]
-    assert [row[0] for _, row in zip(range(3), (r for _, r in saes.TokenSource(tiny, None).rows()), strict=False)] == [
-        bos
-    ] * 3
-    with pytest.raises(ValueError, match="no local folder"):
-        saes.TokenSource(tiny, "some/dataset")
-    with pytest.raises(ValueError, match="input_ids, tokens or text"):
-        list(saes.TokenSource(tiny, Dataset.from_dict({"words": TEXTS})).rows())
-
-
-def test_long_texts_go_on_in_rows_with_a_bos_of_their_own(tiny):
-    ids = list(range(1, 150))
-    found = [row for _, row in saes.TokenSource(tiny, [ids]).rows()]
-    bos = tiny.tokenizer.bos_token_id
-    assert [row[0] for row in found] == [bos] * 3 and max(map(len, found)) == 64
-    assert [token for row in found for token in row[1:]] == ids
-
-
 # ---------------------------------------------------------------- evaluation
 
 
@@ -326,7 +260,7 @@ def test_an_sae_that_says_nothing_recovers_nothing(tiny, rows):
     found = saes.evaluate_sae(tiny, sae, rows[:40])
     assert float(found.cross_entropy_recovered) == pytest.approx(0, abs=1e-6)
     assert float(found.dead_fraction) == 1 and float(found.l0.sum()) == 0 and np.isnan(found.shrinkage)
-    x = saes.row_activations(tiny, rows[:40], SITE, LAYER).double()
+    x = row_activations(tiny, rows[:40], SITE, LAYER).double()
     expected = 1 - float(x.square().sum() / (x - x.mean(0)).square().sum())
     assert float(found.variance_explained) == pytest.approx(expected, abs=1e-6)
 
@@ -342,7 +276,7 @@ def test_shrinkage_is_what_the_encoder_takes_off(tiny, rows):
 def test_cross_entropies_are_those_of_a_plain_run(tiny, rows):
     sae = by_hand(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) / 6, torch.full((32,), 0.1), tiny)
     found = saes.evaluate_sae(tiny, sae, rows[:5])
-    x = saes.row_activations(tiny, rows[:5], SITE, LAYER)
+    x = row_activations(tiny, rows[:5], SITE, LAYER)
     edits = {
         "": lambda a: a, "_sae": lambda a: sae.decode(sae.encode(a)), "_zero": lambda a: 0 * a,
         "_mean": lambda a: x.mean(0).expand_as(a),
@@ -363,6 +297,20 @@ def test_cross_entropies_are_those_of_a_plain_run(tiny, rows):
 def test_evaluation_refuses_what_it_cannot_measure(tiny, trained):
     with pytest.raises(ValueError, match="at least two more tokens"):
         saes.evaluate_sae(tiny, trained, [[tiny.tokenizer.bos_token_id, 5]])
+
+
+def test_a_site_that_nothing_depends_on_is_refused(tiny, rows):
+    """There is no loss to recover: the ratio would be 0 by 0."""
+    written = models.W_out(tiny, LAYER), models.b_out(tiny, LAYER)
+    before = [each.clone() for each in written]
+    try:
+        for each in written:
+            each.zero_()
+        with pytest.raises(NothingChanged, match="change no prediction"):
+            saes.train_sae(tiny, tokens=rows, n_tokens=1000, **(QUICK | {"site": "mlp_out"}))
+    finally:
+        for each, values in zip(written, before, strict=True):
+            each.copy_(values)
 
 
 # ---------------------------------------------------------------- the passport
@@ -581,8 +529,6 @@ def owner(name: str) -> Any:
 @pytest.fixture(scope="module")
 def unseen(model):
     """Documents that no SAE was trained on; the seeds share their tokenizer."""
-    from mi_utils.lens import token_rows
-
     return token_rows(model, 80_000, seed=41)
 
 
@@ -599,7 +545,7 @@ def test_a_shipped_sae_is_faithful_sparse_and_alive(name, unseen):
     found = saes.evaluate_sae(model, sae, unseen[:150])
     assert float(found.cross_entropy_recovered) >= 0.95 and float(found.cross_entropy_recovered_mean) >= 0.95
     assert found.attrs["l0"] <= 20 and abs(float(found.shrinkage)) < 0.1
-    active = sae.encode(saes.row_activations(model, unseen, sae.site, sae.layer)) > 0
+    active = sae.encode(row_activations(model, unseen, sae.site, sae.layer)) > 0
     assert float((~active.any(0)).float().mean()) <= 0.05  # on 80,000 tokens
 
 

@@ -33,8 +33,8 @@ def main() -> None:
     """Command line: which ones, where to."""
     import argparse
 
-    from mi_utils.lens import token_rows
     from mi_utils.models import load_model
+    from mi_utils.tokens import token_rows
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", nargs="+", default=list(SHIPPED_SAES), choices=list(SHIPPED_SAES))
