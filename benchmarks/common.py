@@ -184,8 +184,9 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        ratio = f"**{row.ratio:.{1 if row.ratio >= 2 else 2}f}×**"
         cells = (
-            row.work, row.peer, row.threads, _seconds(row.theirs), _seconds(row.ours), f"**{row.ratio:.1f}×**",
+            row.work, row.peer, row.threads, _seconds(row.theirs), _seconds(row.ours), ratio,
             "" if row.bar is None else f"{row.bar:g}×", "" if row.bound is None else f"{row.bound:.1f}×",
             "" if row.limit is None else f"{row.limit:.2f}", "" if row.difference is None else f"{row.difference:.1g}",
         )  # fmt: skip

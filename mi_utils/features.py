@@ -240,8 +240,11 @@ class _Kept:
         if not len(good):
             return
         good = good[np.argsort(entries.feature[good], kind="stable")]  # by feature; of one feature as they came
-        touched, group, count = np.unique(entries.feature[good], return_inverse=True, return_counts=True)
-        place = np.arange(len(good)) - np.repeat(np.cumsum(count) - count, count)
+        feature = entries.feature[good]
+        first = np.flatnonzero(np.diff(feature, prepend=-1))
+        touched, count = feature[first], np.diff(first, append=len(good))
+        group = np.repeat(np.arange(len(touched)), count)
+        place = np.arange(len(good)) - first[group]
         if count.max() > self.k:  # only while the first are collected: no more than can be kept
             order = np.lexsort((place, keys[good], group))[place < self.k]
             good, group, place = good[order], group[order], place[place < self.k]
@@ -270,8 +273,9 @@ class _Kept:
         moved = slots[each, old]
         moved[new] = slots[goes]
         self.slot[touched] = moved
-        where = touched[np.nonzero(new)[0]], moved[new]
-        self.context[where], self.around[where] = entries.windows(new_entries)
+        where = (touched[:, None] * self.k + moved)[new]
+        for kept, windows in zip((self.context, self.around), entries.windows(new_entries), strict=True):
+            kept.reshape(-1, kept.shape[-1])[where] = windows
 
     def in_order(self, name: str) -> np.ndarray:
         """An array over (feature, entry, …), the windows in the order of the keys."""
@@ -299,12 +303,11 @@ class _Entries(NamedTuple):
         # Behind a row's last token that counts there is padding.
         ends = length - self.counts.reshape(-1, length)[:, ::-1].argmax(1)
         inside = (there >= 0) & (there < ends[row][:, None])
-        where = torch.from_numpy(row[:, None]), torch.from_numpy(np.clip(there, 0, length - 1))
-        feature = torch.from_numpy(self.feature[chosen][:, None])
-        context = self.tokens[where].numpy()
-        around = self.activations[(*where, feature)].float().cpu().numpy()
-        counted = inside & self.counts[row[:, None] * length + np.clip(there, 0, length - 1)]
-        return np.where(inside, context, -1), np.where(counted, around, 0)
+        where = row[:, None] * length + np.clip(there, 0, length - 1)
+        context = self.tokens.numpy().ravel()[where]
+        entry = torch.from_numpy(where * self.activations.shape[-1] + self.feature[chosen][:, None])
+        around = self.activations.take(entry.to(self.activations.device)).float().cpu().numpy()
+        return np.where(inside, context, -1), np.where(inside & self.counts[where], around, 0)
 
 
 class _Search:
@@ -325,10 +328,7 @@ class _Search:
         activations: Float[Tensor, "row pos feature"],
         counts: Bool[np.ndarray, " token"],
     ) -> None:
-        place, feature, value = _nonzero(activations.flatten(0, 1))
-        if not counts.all():
-            counted = counts[place]
-            place, feature, value = place[counted], feature[counted], value[counted]
+        place, feature, value = _active(activations.flatten(0, 1), counts)
         entries = _Entries(feature, place, self.seen + place, value, tokens.cpu(), activations, counts, self.offsets)
         np.add.at(self.histogram.ravel(), feature * N_BINS + _bins(value), 1)
         self.top.offer(entries, -value)
@@ -423,16 +423,24 @@ class _Search:
         return digest.hexdigest()
 
 
-def _nonzero(flat: Float[Tensor, "token feature"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Place, feature and activation of what is above zero, in the order of places."""
+def _active(
+    flat: Float[Tensor, "token feature"], counts: Bool[np.ndarray, " token"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Place, feature and activation of what is above zero at tokens that count, in the order of places."""
     if flat.device.type != "cpu":
-        where = (flat > 0).nonzero()
+        where = ((flat > 0) & torch.from_numpy(counts).to(flat.device)[:, None]).nonzero()
         values = flat[where[:, 0], where[:, 1]].float()
         return (*where.cpu().numpy().T, values.cpu().numpy())
-    values = flat.float().contiguous().numpy().ravel()
-    entries = np.flatnonzero(values > 0)  # of booleans: several times faster than nonzero of numbers
+    values = flat.float().contiguous().numpy()
+    above = values > 0
+    above[~counts] = False
+    # Few are: packed eight to a byte, most bytes are empty and need no second look.
+    packed = np.packbits(above)
+    some = np.flatnonzero(packed != 0)
+    inside = np.flatnonzero(np.unpackbits(packed[some]).view(bool))
+    entries = some[inside >> 3] * 8 + (inside & 7)
     place = entries // flat.shape[1]
-    return place, entries - place * flat.shape[1], values[entries]
+    return place, entries - place * flat.shape[1], values.ravel()[entries]
 
 
 # ----------------------------------------------------------------------------------------------------------- examples
