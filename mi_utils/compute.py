@@ -444,11 +444,10 @@ def estimate_memory(
     kv_width = shape.n_kv_heads * shape.d_head
     scores = batch * shape.n_heads * seq * seq
     mlp = shape.d_mlp * (3 if shape.gated_mlp else 2)
-    # One layer at work: stream, LayerNorm's output, q, k, v and z, scores before and after the softmax, the MLP.
-    layer = tokens * (4 * shape.d_model + 2 * width + 2 * kv_width + mlp) + 2 * scores
     # Everything with a hook, as the bridge keeps it, each storage once: of a block the stream at two places, two
-    # normalisations in two forms, the two outputs, and the above, with rotated queries and keys beside the plain ones;
-    # around the blocks the embeddings, the last normalisation and the logits.
+    # normalisations in two forms, the two outputs, q, k, v and z, with rotated queries and keys beside the plain ones,
+    # scores before and after the softmax, and the MLP; around the blocks the embeddings, the last normalisation and the
+    # logits.
     rotated = width + kv_width if shape.gated_mlp else 0
     block = tokens * (8 * shape.d_model + 2 * width + 2 * kv_width + rotated + mlp) + 2 * scores
     everything = shape.n_layers * block + tokens * (4 * shape.d_model + shape.d_vocab)
@@ -463,10 +462,25 @@ def estimate_memory(
     return MemoryEstimate(
         weights=shape.n_parameters * size,
         folded_copies=copies * size,
-        activations=layer * size,
+        activations=layer_at_work(shape, batch, seq, size, quick=True),
         cache=kept * size,
         logits=tokens * shape.d_vocab * (size + 4),  # and their log-probabilities, in single precision
     )
+
+
+def layer_at_work(shape: ModelShape, batch: int, seq: int, size: int, quick: bool = False) -> int:
+    """Bytes of the layer at work in a forward pass, ``size`` of them a number: attention, or the MLP with what its
+    nonlinearity makes on the way.
+
+    ``quick``: as ``load_model`` sets models up for TransformerLens, with scores that pass two hooks.
+    """
+    tokens, width, kv_width = batch * seq, shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
+    scores = batch * shape.n_heads * seq * seq
+    hidden = 4 if shape.gated_mlp else 5 if shape.stepwise_gelu and not quick else 2
+    mlp = tokens * (3 * shape.d_model + hidden * shape.d_mlp)
+    rotated = 2 * width if shape.gated_mlp else width
+    attention = tokens * (3 * shape.d_model + 2 * width + 2 * kv_width + rotated) + (4 if quick else 3) * scores
+    return max(mlp, attention) * size
 
 
 def site_width(shape: ModelShape, site: str, seq: int = 1) -> int:

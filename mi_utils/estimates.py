@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mi_utils.compute import BYTES, ModelShape, choose_tool, estimate_memory, format_bytes, site_width
+from mi_utils.compute import BYTES, ModelShape, choose_tool, estimate_memory, format_bytes, layer_at_work, site_width
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ SAE_BATCH, SAE_BUFFER, SAE_EXPANSION, SAE_HELD_OUT = 4096, 250_000, 8, 2000
 # Tensors [token, feature] that are alive at one time: in a training step, and in a look at the held-out text. Counted
 # on SAELens' trainers (``tests/test_estimate.py``); the fast step of TopK makes few.
 SAE_COPIES = {
-    "topk": (2, 3), "batchtopk": (12, 5.5), "matryoshka": (13, 5.5), "standard": (8.5, 3.5), "jumprelu": (8.5, 3.5),
+    "topk": (2, 2.2), "batchtopk": (9, 4.7), "matryoshka": (11, 4.7), "standard": (6, 2.7), "jumprelu": (6, 2.7),
 }  # fmt: skip
 
 
@@ -98,12 +98,13 @@ def estimate(
     parts = {"weights": base.weights if dtype != "int8" else _eight_bit_weights(shape)}
     if tool == "TransformerLens":
         parts["folded copies"] = base.folded_copies
+    quick = tool == "TransformerLens"
     if task == "forward":
         logits = batch * seq * shape.d_vocab * size  # when they are made, the blocks' activations are gone
-        parts |= {"activations, or logits": max(_at_work(shape, batch, seq, size), logits)}
+        parts |= {"activations, or logits": max(layer_at_work(shape, batch, seq, size, quick), logits)}
     elif task == "cache":
         cache = base.cache if tool == "TransformerLens" else _sites(shape, batch, seq) * size
-        parts |= {"cache": cache, "activations": _at_work(shape, batch, seq, size)}
+        parts |= {"cache": cache, "activations": layer_at_work(shape, batch, seq, size, quick)}
     elif task == "patching":
         parts |= _sweep(shape, tool, batch, seq, floats, site, device)
     else:
@@ -115,17 +116,6 @@ def estimate(
 def _eight_bit_weights(shape: ModelShape) -> int:
     embeddings = shape.d_vocab * shape.d_model * (1 if shape.tied_embeddings else 2)
     return shape.n_parameters + embeddings
-
-
-def _at_work(shape: ModelShape, batch: int, seq: int, size: int) -> int:
-    """The layer at work in a forward pass: attention, or the MLP with what its nonlinearity makes on the way."""
-    tokens, width, kv_width = batch * seq, shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
-    scores = batch * shape.n_heads * seq * seq
-    hidden = 4 if shape.gated_mlp else 5 if shape.stepwise_gelu else 2
-    mlp = tokens * (3 * shape.d_model + hidden * shape.d_mlp)
-    rotated = 2 * width if shape.gated_mlp else width
-    attention = tokens * (3 * shape.d_model + 2 * width + 2 * kv_width + rotated) + 3 * scores
-    return max(mlp, attention) * size
 
 
 def _sites(shape: ModelShape, batch: int, seq: int) -> int:
@@ -155,7 +145,7 @@ def _sweep(
     rows = min(max(1, tokens // seq), max(1, batch * shape.n_layers * (seq - 1)))
     return {
         "activations put in": shape.n_layers * batch * seq * site_width(shape, site) * size,
-        "the largest pass": _at_work(shape, rows, seq, size) + rows * seq * shape.d_model * size,
+        "the largest pass": layer_at_work(shape, rows, seq, size) + rows * seq * shape.d_model * size,
     }
 
 
@@ -171,7 +161,8 @@ def _sae(
     width, (in_step, held_out) = site_width(shape, site), SAE_COPIES[architecture]
     parameters = 2 * n_features * width + n_features + width
     seq = min(shape.n_ctx, 128)
-    filling = buffer_tokens * width * size + _at_work(shape, max(1, BATCH_TOKENS // seq), seq, size)
+    forward = layer_at_work(shape, max(1, BATCH_TOKENS // seq), seq, size, quick=True)
+    filling = max(buffer_tokens * width * size, forward)
     step = batch * (in_step * n_features + 6 * width) * 4
     watching = SAE_HELD_OUT * (held_out * n_features + 6 * width) * 4
     return {

@@ -791,6 +791,7 @@ def _fit(
                         f"The loss is {history[-1]['loss']} after {step} steps: the learning rate "
                         f"{settings['learning_rate']} is too high. Try a third of it."
                     )
+            del output  # what a step made is as large as a buffer
             if checkpoint and checkpoint_every and step % checkpoint_every == 0 and step < steps:
                 _checkpoint(checkpoint, trainer, batches, settings | place, history)
     sae.fold_activation_norm_scaling_factor(scale)
@@ -869,11 +870,11 @@ class _Watch:
         self.clean, self.ablated = clean.sum(), ablated.sum()
 
     def __call__(self, encode: Any, reconstruct: Any) -> dict[str, float]:
-        features = encode(self.activations)
+        l0 = float((encode(self.activations) > 0).sum(-1).float().mean())
         x_hat = reconstruct(self.activations)
         loss = _cross_entropy(self.model, self.rows, self.site, self.layer, reconstruct).sum()
         return {
-            "l0": float((features > 0).sum(-1).float().mean()),
+            "l0": l0,
             "variance_explained": _variance_explained(self.activations, x_hat),
             "cross_entropy_recovered": float((self.ablated - loss) / (self.ablated - self.clean)),
         }

@@ -64,15 +64,7 @@ def run(path: Path, studies: Path, fault: mutations.Fault | None) -> mutations.O
     return mutations.run_notebook(notebook.path, build, fault, differs_from_stored)
 
 
-# Notebooks that were not run to the end with every fault yet: what survives there is printed and does not fail.
-OPEN = ("13", "16")
-TRIED = [
-    pytest.param(path, marks=[pytest.mark.xfail(reason="not tried to the end")] if path.stem[:2] in OPEN else [])
-    for path in NOTEBOOKS
-]
-
-
-@pytest.mark.parametrize("path", TRIED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_fault_turns_it_red(path, studies, record_property):
     sound = run(path, studies, None)
     assert not sound.red, f"nothing is planted, and cell {sound.cell} is red: {sound.red}: {sound.message}"
