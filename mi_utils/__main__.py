@@ -130,14 +130,16 @@ def _check_versions() -> bool:
 
     from packaging.requirements import Requirement
 
+    from mi_utils.compute import DISTRIBUTION
+
     table = Table("package", "installed", "wanted", "")
     healthy = sys.version_info >= (3, 11)
     mark = {True: "[green]ok[/]", False: "[red]wrong[/]"}
     table.add_row("python", sys.version.split()[0], ">=3.11", mark[healthy])
     try:
-        wanted = [Requirement(line) for line in metadata.requires(project.DISTRIBUTION) or ()]
+        wanted = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
     except metadata.PackageNotFoundError:
-        console.print(f"[red]{project.DISTRIBUTION} is not installed: pip install -e . in the repository.[/]")
+        console.print(f"[red]{DISTRIBUTION} is not installed: pip install -e . in the repository.[/]")
         return False
     for requirement in wanted:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -15,9 +17,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRANSFORMER_LENS_LIMIT = 2e9
 ONE_MACHINE_LIMIT = 13e9
 
+DISTRIBUTION = "mi-workbench"
 PACKAGES = (
     "torch", "transformers", "transformer-lens", "sae-lens", "nnsight", "tokenizers", "numpy", "xarray", "scipy",
-    "scikit-learn", "statsmodels", "plotly", "papermill", "mi-workbench",
+    "scikit-learn", "statsmodels", "plotly", "papermill", DISTRIBUTION,
 )  # fmt: skip
 
 
@@ -95,10 +98,15 @@ def seed_everything(seed: int) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to repeat a result: versions, machine, commit. Values are strings, numbers, None, dicts."""
+    """What a reader needs to repeat a result: versions, machine, commits. Values are strings, numbers, None, dicts.
+
+    ``commit`` is that of the repository one works in, ``mi_utils`` that of this package (its version, where it was
+    installed from an index); both with "+" where files differ from it. None outside of a repository.
+    """
     import os
     import platform
     from importlib import metadata
+    from pathlib import Path
 
     import torch
 
@@ -116,21 +124,43 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else (platform.processor() or platform.machine()),
         "cuda": torch.version.cuda if cuda else None,
         "cpu_count": os.cpu_count(),
-        "commit": _commit(),
+        "commit": _commit(Path.cwd()),
+        "mi_utils": _package(),
     }
 
 
-def _commit() -> str | None:
-    """Commit of the repository that this package lies in, with "+" where files differ from it; None outside of one."""
-    import subprocess
+def installed_from() -> tuple[str, dict[str, Any]]:
+    """Version of this package as it is installed, and what pip wrote down of an address it came from.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: it is not installed.
+    """
+    import json
+    from importlib import metadata
+
+    package = metadata.distribution(DISTRIBUTION)
+    return package.version, json.loads(package.read_text("direct_url.json") or "{}")
+
+
+def _package() -> str | None:
+    from importlib import metadata
     from pathlib import Path
 
-    here = Path(__file__).resolve().parents[1]
-    if not (here / ".git").exists():  # an installed package may lie inside someone else's repository
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / ".git").exists():  # an installed package may lie inside someone else's repository
+        return _commit(checkout)
+    try:
+        version, origin = installed_from()
+    except metadata.PackageNotFoundError:
         return None
+    return origin.get("vcs_info", {}).get("commit_id") or version
+
+
+def _commit(folder: Path) -> str | None:
+    import subprocess
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
+        command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

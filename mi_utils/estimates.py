@@ -164,7 +164,7 @@ def _sae(
     forward = layer_at_work(shape, max(1, BATCH_TOKENS // seq), seq, size, quick=True)
     filling = max(buffer_tokens * width * size, forward)
     step = batch * (in_step * n_features + 6 * width) * 4
-    watching = SAE_HELD_OUT * (held_out * n_features + 6 * width) * 4
+    watching = SAE_HELD_OUT * max((held_out * n_features + 6 * width) * 4, 2 * shape.d_vocab * size)  # or its logits
     return {
         "autoencoder and Adam": 4 * parameters * 4,
         "buffer": buffer_tokens * (width * size + 8),

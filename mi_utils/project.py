@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -11,11 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mi_utils.compute import choose_tool, known_shape
+from mi_utils.compute import DISTRIBUTION, choose_tool, installed_from, known_shape
 
 TEMPLATE = Path(__file__).parent / "template"
 ANSWERS = ".copier-answers.yml"
-DISTRIBUTION = "mi-workbench"
 
 
 class ProjectError(ValueError):
@@ -118,13 +116,12 @@ def _origin(directory: Path) -> dict[str, str]:
     checkout = TEMPLATE.parents[1]
     if (checkout / "pyproject.toml").is_file():
         return {"source": _path_from(directory, checkout), "commit": _git(checkout, "rev-parse", "HEAD")}
-    package = metadata.distribution(DISTRIBUTION)
-    installed = json.loads(package.read_text("direct_url.json") or "{}")
+    version, installed = installed_from()
     commit = installed.get("vcs_info", {}).get("commit_id")
     if commit:
         return {"source": installed["url"], "commit": commit}
-    addresses = dict(line.split(", ", 1) for line in package.metadata.get_all("Project-URL") or ())
-    return {"source": addresses["Repository"], "commit": f"v{package.version}"}
+    addresses = metadata.metadata(DISTRIBUTION).get_all("Project-URL") or ()
+    return {"source": dict(line.split(", ", 1) for line in addresses)["Repository"], "commit": f"v{version}"}
 
 
 def _path_from(directory: Path, checkout: Path) -> str:

@@ -178,6 +178,8 @@ def _made(study: Study, command: str) -> list[list[str]]:
             [f"Versions{tag}", versions],
             [f"Commit{tag}", str(here.get("commit") or "not known")],
         ]
+        if here.get("mi_utils", here.get("commit")) != here.get("commit"):
+            rows.append([f"mi_utils{tag}", str(here["mi_utils"] or "not known")])
     if command:
         rows.append(["To run it again", f"{command} (in the repository, at the commit above)"])
     return rows

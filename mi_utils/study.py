@@ -479,7 +479,8 @@ class Study:
                 else "no prediction failed" if self._evidence else "nothing measured",
             )
         )  # fmt: skip
-        commits = list(dict.fromkeys(str(environment.get("commit")) for environment in self._environments))
+        code = (here[name] for here in self._environments for name in ("commit", "mi_utils") if name in here)
+        commits = list(dict.fromkeys(map(str, code)))
         # A commit with a "+" stands for files that differ from it, and that nobody else has.
         known = bool(commits) and not any(commit == "None" or commit.endswith("+") for commit in commits)
         rows.append(

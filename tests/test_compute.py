@@ -151,7 +151,30 @@ def test_environment_is_plain_data_with_the_versions():
     found = compute.environment()
     assert json.loads(json.dumps(found)) == found
     assert found["packages"]["torch"] == torch.__version__
-    assert {"python", "platform", "device", "cpu_count", "commit"} <= set(found)
+    assert {"python", "platform", "device", "cpu_count", "commit", "mi_utils"} <= set(found)
+
+
+def test_the_commit_is_that_of_the_repository_one_works_in(tmp_path, monkeypatch):
+    import subprocess
+
+    package = compute.environment()["mi_utils"]
+    monkeypatch.chdir(tmp_path)
+    assert compute.environment()["commit"] is None
+
+    def git(*arguments):
+        who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        return subprocess.run(["git", *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "plan.md").write_text("a question")
+    git("add", "-A")
+    git("commit", "-q", "-m", "begin")
+    monkeypatch.chdir(tmp_path / "notes")
+    found = compute.environment()
+    assert found["commit"] == git("rev-parse", "HEAD") and found["mi_utils"] == package
+    (tmp_path / "notes" / "plan.md").write_text("another")
+    assert compute.environment()["commit"].endswith("+")
 
 
 def test_seeding_repeats_every_generator():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer
+from conftest import byte_level_tokenizer, save_random_gpt2
 from test_patching import Bytes
 from typer.testing import CliRunner
 
@@ -116,6 +116,18 @@ def test_training_an_sae_takes_what_is_estimated(architecture, size):
         tokens=rows, progress=False, monitor_every=1000, **settings,
     ))  # fmt: skip
     need = estimate(models.info(model).shape, "sae", sae_batch=batch, buffer_tokens=buffer_tokens, **settings)
+    assert need.beside == pytest.approx(peak, rel=0.25)
+
+
+def test_a_large_vocabulary_takes_the_most_while_training_is_watched(tmp_path):
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    model = models.load_model(str(save_random_gpt2(tmp_path, vocab_size=50257, **sizes)), device="cpu")
+    rows = torch.randint(0, 1000, (200, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    peak = counted(model, lambda: sae.train_sae(
+        model, site="resid_post", layer=0, n_features=1024, batch_size=1024, buffer_tokens=8192, n_tokens=8192,
+        tokens=rows, progress=False, monitor_every=1000,
+    ))  # fmt: skip
+    need = estimate(models.info(model).shape, "sae", n_features=1024, sae_batch=1024, buffer_tokens=8192)
     assert need.beside == pytest.approx(peak, rel=0.25)
 
 
