@@ -4,8 +4,8 @@ A notebook that stays green with a fault in the library claims nothing about wha
 points, each a function of the library and a wrapper of it. A first run with nothing planted counts which points a
 notebook reaches: a fault applies to the notebooks that reach one of its points.
 
-Each run is a process of its own, forked from one that has imported the libraries and computed nothing. The kernel in
-it is a real one (`ipykernel.inprocess`), so outputs are what a notebook stores.
+Each run is a process of its own, forked from one that has imported the libraries and computed nothing: this file, run
+as a script. The kernel in it is a real one (`ipykernel.inprocess`), so outputs are what a notebook stores.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
+import sys
 import traceback
 import warnings
 from collections import Counter
@@ -21,15 +23,18 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from queue import Empty
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import nbformat
+import nbval_figures  # noqa: F401  (how figures are compared)
 import numpy as np
 import torch
 from nbformat.v4 import output_from_msg
-from nbval.plugin import coalesce_streams
+from nbval.plugin import IPyNbCell, coalesce_streams, get_sanitize_patterns, nocolors
 
 from mi_utils.engine import SlowPath
+from mi_utils.guard import SKIPPING, SKIPPING_TAGS
 
 Wrapper = Callable[[Callable], Callable]
 
@@ -333,6 +338,24 @@ class Outcome:
     acted: bool = True  # whether the fault changed anything
 
 
+# what nbval leaves out of a comparison
+LEFT_OUT = ("metadata", "traceback", "prompt_number", "output_type", "name", "execution_count",
+            "application/vnd.jupyter.widget-view+json", "image/png", "image/jpeg")  # fmt: skip
+PATTERNS = dict(get_sanitize_patterns((Path(__file__).parent / "nbval_sanitize.cfg").read_text()))
+
+
+def differs_from_stored(cell: nbformat.NotebookNode, outputs: list[nbformat.NotebookNode]) -> str:
+    """What nbval has to say of a cell's outputs; empty where they are those stored."""
+    if SKIPPING.search(cell.source) or SKIPPING_TAGS & set(cell.metadata.get("tags", ())):
+        return ""
+    nbval = object.__new__(IPyNbCell)  # the comparison alone, without pytest's items around it
+    nbval.parent = SimpleNamespace(skip_compare=LEFT_OUT, sanitize_patterns=PATTERNS)
+    nbval.colors = nocolors
+    nbval.format_output_compare = lambda key, ref, test: nbval.comparison_traceback.append(f"{key}: {ref!r}, {test!r}")
+    same = nbval.compare_outputs(outputs, coalesce_streams(cell.outputs))
+    return "" if same else "\n".join(nbval.comparison_traceback)
+
+
 def preload() -> None:
     """Import, in the process to fork from, what every notebook imports."""
     torch.set_num_threads(1)
@@ -343,13 +366,12 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def run_notebook(path: Path, build: Path, fault: Fault | None, compare: Callable) -> Outcome:
+def run_notebook(path: Path, build: Path, fault: Fault | None) -> Outcome:
     """Run a notebook in a forked process until something is red.
 
     Args:
         build: the folder of the study, as the parameter ``output``.
         fault: what to plant; None counts calls instead, and looks at every cell.
-        compare: of (cell, outputs) to a message; empty where the outputs are those stored.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -363,7 +385,7 @@ def run_notebook(path: Path, build: Path, fault: Fault | None, compare: Callable
             if fault is not None:
                 plant(fault)
             try:
-                outcome = _run_cells(path, build, compare)
+                outcome = _run_cells(path, build)
             except BaseException:
                 outcome = Outcome("runner", message=traceback.format_exc())
             if calls is not None:
@@ -385,7 +407,7 @@ def run_notebook(path: Path, build: Path, fault: Fault | None, compare: Callable
     return Outcome(**json.loads(text)) if text else Outcome("crash", message="the process ended without a word")
 
 
-def _run_cells(path: Path, build: Path, compare: Callable) -> Outcome:
+def _run_cells(path: Path, build: Path) -> Outcome:
     from ipykernel.inprocess import InProcessKernelManager
 
     os.chdir(path.parent)
@@ -405,7 +427,7 @@ def _run_cells(path: Path, build: Path, compare: Callable) -> Outcome:
             if output.output_type == "error":
                 kind = "assert" if output.ename == "AssertionError" else output.ename
                 return Outcome(kind, number, output.evalue[:300])
-        if different := compare(cell, outputs):
+        if different := differs_from_stored(cell, outputs):
             return Outcome("output", number, different[:300])
     return Outcome()
 
@@ -420,3 +442,37 @@ def _outputs(client: Any, source: str) -> list[nbformat.NotebookNode]:
             return coalesce_streams(found)
         if message["msg_type"] in ("stream", "display_data", "execute_result", "error"):
             found.append(output_from_msg(message))
+
+
+class Runner:
+    """Runs notebooks in a fresh process, whatever this one has computed and cached before."""
+
+    def __enter__(self) -> Runner:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(self, path: Path, build: Path, fault: str | None) -> Outcome:
+        """As :func:`run_notebook`, with the fault's name."""
+        self.process.stdin.write(json.dumps([str(path), str(build), fault]) + "\n")
+        self.process.stdin.flush()
+        return Outcome(**json.loads(self.process.stdout.readline()))
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print is no answer
+    preload()
+    for line in sys.stdin:
+        path, build, fault = json.loads(line)
+        outcome = run_notebook(Path(path), Path(build), None if fault is None else BY_NAME[fault])
+        print(json.dumps(vars(outcome)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
