@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from mi_utils import course
 
 TESTS = Path(__file__).parent
 NOTEBOOKS = course.list_notebooks(TESTS.parent / "notebooks")
+FIRST = [path for path in NOTEBOOKS if path.stem < "13"]  # the others: test_mutations_later.py, on the other worker
 MIN_FAULTS = 3
 
 
@@ -44,8 +46,8 @@ def run(path: Path, studies: SimpleNamespace, fault: str | None) -> mutations.Ou
     return studies.runner.run(notebook.path, build, fault)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_fault_turns_it_red(path, studies, record_property):
+def check(path: Path, studies: SimpleNamespace, record_property: Callable) -> None:
+    """Every fault that applies to a notebook turns it red; the table's rows are recorded."""
     sound = run(path, studies, None)
     assert not sound.red, f"nothing is planted, and cell {sound.cell} is red: {sound.red}: {sound.message}"
     outcomes = {name: run(path, studies, name) for name in sound.reached}
@@ -58,3 +60,8 @@ def test_every_fault_turns_it_red(path, studies, record_property):
     assert [name for name, outcome in outcomes.items() if not outcome.red] == [], told
     assert [name for name, outcome in outcomes.items() if outcome.red in ("runner", "crash")] == [], told
     assert len(outcomes) >= MIN_FAULTS, told
+
+
+@pytest.mark.parametrize("path", FIRST, ids=lambda path: path.stem)
+def test_every_fault_turns_it_red(path, studies, record_property):
+    check(path, studies, record_property)
