@@ -36,9 +36,7 @@ def token_rows(
         ValueError: too little text for two rows, or a tokenizer without BOS.
     """
     info = models.info(model)
-    bos = model.tokenizer.bos_token_id
-    if bos is None:
-        raise ValueError(f"The tokenizer of {info.name} has no BOS token, but every row must begin with one.")
+    bos = _bos(model)
     if texts is None:
         embedded = Path(info.path) in models.EMBEDDED.values()
         source = _corpus_rows(model, seed) if embedded else _sampled_rows(model, seed)
@@ -58,6 +56,13 @@ def token_rows(
     rows = list(kept)
     order = np.random.default_rng(seed).permutation(len(rows))
     return [torch.tensor(rows[i], device=info.device) for i in order]
+
+
+def _bos(model: Any) -> int:
+    bos = model.tokenizer.bos_token_id
+    if bos is None:
+        raise ValueError(f"The tokenizer of {models.info(model).name} has no BOS token, but every row begins with one.")
+    return bos
 
 
 def _corpus_rows(model: Any, seed: int) -> Iterator[tuple[int, ...]]:
@@ -152,9 +157,7 @@ def cut_rows(model: Any, items: Iterable[Sequence[int]]) -> Iterator[list[int]]:
     Raises:
         ValueError: a tokenizer without BOS.
     """
-    bos, longest = model.tokenizer.bos_token_id, models.info(model).shape.n_ctx
-    if bos is None:
-        raise ValueError(f"The tokenizer of {models.info(model).name} has no BOS token, but every row begins with one.")
+    bos, longest = _bos(model), models.info(model).shape.n_ctx
     for ids in items:
         ids = list(ids[1:]) if len(ids) and ids[0] == bos else list(ids)
         for start in range(0, len(ids), longest - 1):

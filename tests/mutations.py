@@ -411,7 +411,7 @@ def _run_cells(path: Path, build: Path) -> Outcome:
     from ipykernel.inprocess import InProcessKernelManager
 
     os.chdir(path.parent)
-    # nbval sees this notice on stderr. Here it would go to pytest, from which this process is forked.
+    # nbval sees this notice on stderr, which goes nowhere here.
     warnings.simplefilter("error", SlowPath)
     manager = InProcessKernelManager()
     manager.start_kernel()
