@@ -125,8 +125,8 @@ def feature_search(
         * ``sample_activation`` and so on (feature, draw, …), the drawn examples, the strongest first.
 
     Raises:
-        ValueError: a dictionary of another model, no tokens, a file that holds another search, or a stream that does
-            not begin as it did.
+        ValueError: a dictionary of another model, no tokens, a row without BOS, a file that holds another search, or a
+            stream that does not begin as it did.
     """
     check_dictionary(model, sae)
     before, after = window
@@ -139,14 +139,16 @@ def feature_search(
         search.restore(path, fingerprint)
         if n_tokens is not None and search.before_last >= n_tokens:
             raise ValueError(f"{path} already holds {search.counted} tokens: more than n_tokens={n_tokens} would give.")
-    excluded = _special_ids(model)
+    bos, excluded = models.bos(model), _special_ids(model)
     skip, crc, written, number = search.batches, 0, search.batches, -1
     last = time.monotonic()
     with _bar(n_tokens, batches, progress) as bar:
         for number, tokens in enumerate(batches):
             tokens = torch.as_tensor(tokens)
-            if tokens.ndim != 2:
+            if tokens.ndim != 2 or not tokens.numel():
                 raise ValueError(f"A batch is [row, pos], not of shape {tuple(tokens.shape)}.")
+            if (tokens[:, 0] != bos).any():
+                raise ValueError(f"A row does not begin with BOS ({bos}): without it, activations are different ones.")
             if number < skip:
                 crc = _crc(crc, tokens)
                 if number == skip - 1 and crc != search.crc:
@@ -233,23 +235,24 @@ class _Kept:
         self.context = np.full((n_features, k, width), -1, np.int32)
         self.around = np.zeros((n_features, k, width), np.float32)
         self.last = self.key[:, -1].copy()
+        self.small = np.min_scalar_type(n_features)  # numbers of 16 bits are sorted by counting
 
     def offer(self, entries: _Entries, keys: np.ndarray) -> None:
         # Most entries of a long stream end here: they come after the last one kept. A tie does, too.
         good = np.flatnonzero(keys < self.last[entries.feature])
         if not len(good):
             return
-        good = good[np.argsort(entries.feature[good], kind="stable")]  # by feature; of one feature as they came
+        # By feature, of one feature by key, of one key as they came; and of a feature no more than can be kept.
+        good = good[np.argsort(keys[good], kind="stable")]
+        good = good[np.argsort(entries.feature[good].astype(self.small), kind="stable")]
         feature = entries.feature[good]
         first = np.flatnonzero(np.diff(feature, prepend=-1))
         touched, count = feature[first], np.diff(first, append=len(good))
         group = np.repeat(np.arange(len(touched)), count)
         place = np.arange(len(good)) - first[group]
-        if count.max() > self.k:  # only while the first are collected: no more than can be kept
-            order = np.lexsort((place, keys[good], group))[place < self.k]
-            good, group, place = good[order], group[order], place[place < self.k]
+        good, group, place = good[place < self.k], group[place < self.k], place[place < self.k]
         # Kept entries and new ones side by side, a row a feature. What came earlier stands further left, so that a
-        # stable sort keeps it first among equals.
+        # stable sort keeps it first among equals; two runs in order are quickly merged.
         wide = self.k + int(place.max()) + 1
         rows, source = np.full((len(touched), wide), self.fill, self.key.dtype), np.full((len(touched), wide), -1)
         rows[:, : self.k] = self.key[touched]
@@ -273,8 +276,10 @@ class _Kept:
         moved = slots[each, old]
         moved[new] = slots[goes]
         self.slot[touched] = moved
-        where = (touched[:, None] * self.k + moved)[new]
-        for kept, windows in zip((self.context, self.around), entries.windows(new_entries), strict=True):
+        # In the order of the stream, so that windows that lie side by side are read one after the other.
+        in_turn = np.argsort(new_entries)
+        where = (touched[:, None] * self.k + moved)[new][in_turn]
+        for kept, windows in zip((self.context, self.around), entries.windows(new_entries[in_turn]), strict=True):
             kept.reshape(-1, kept.shape[-1])[where] = windows
 
     def in_order(self, name: str) -> np.ndarray:
@@ -297,17 +302,22 @@ class _Entries(NamedTuple):
 
     def windows(self, chosen: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and activations of the feature, around some of the entries [n, offset]."""
-        length = self.tokens.shape[1]
-        row, pos = np.divmod(self.place[chosen], length)
-        there = pos[:, None] + self.offsets
+        rows, counts = self.tokens.numpy(), self.counts.reshape(self.tokens.shape)
+        length, n_features = rows.shape[1], self.activations.shape[-1]
         # Behind a row's last token that counts there is padding.
-        ends = length - self.counts.reshape(-1, length)[:, ::-1].argmax(1)
-        inside = (there >= 0) & (there < ends[row][:, None])
-        where = row[:, None] * length + np.clip(there, 0, length - 1)
-        context = self.tokens.numpy().ravel()[where]
-        entry = torch.from_numpy(where * self.activations.shape[-1] + self.feature[chosen][:, None])
-        around = self.activations.take(entry.to(self.activations.device)).float().cpu().numpy()
-        return np.where(inside, context, -1), np.where(inside & self.counts[where], around, 0)
+        inside = np.arange(length) < (length - counts[:, ::-1].argmax(1))[:, None]
+        row, pos = np.divmod(self.place[chosen], length)
+        room = (0, 0), (-self.offsets[0], self.offsets[-1])
+        start = row * (length + len(self.offsets) - 1) + pos
+
+        def around(values: np.ndarray, beyond: int) -> np.ndarray:
+            padded = np.pad(values, room, constant_values=beyond).ravel()
+            return np.lib.stride_tricks.sliding_window_view(padded, len(self.offsets))[start]
+
+        where = (self.place[chosen] * n_features + self.feature[chosen])[:, None] + self.offsets * n_features
+        where = torch.from_numpy(where).clamp_(0, self.activations.numel() - 1)
+        found = self.activations.take(where.to(self.activations.device)).float().cpu().numpy()
+        return around(np.where(inside, rows, -1), -1), np.where(around(counts, False), found, 0)
 
 
 class _Search:

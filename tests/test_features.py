@@ -243,6 +243,8 @@ def test_wrong_input_is_refused(tiny, dictionary):
         feature_search(tiny, dictionary, batches, top=0)
     with pytest.raises(ValueError, match=r"\[row, pos\]"):
         feature_search(tiny, dictionary, batches[0], progress=False)
+    with pytest.raises(ValueError, match="does not begin with BOS"):
+        feature_search(tiny, dictionary, [batches[0][:, 1:]], progress=False)
     with pytest.raises(ValueError, match="no token that counts"):
         bos = tiny.tokenizer.bos_token_id
         feature_search(tiny, dictionary, [torch.full((2, 4), bos)], progress=False)
