@@ -148,15 +148,13 @@ def corpus_concepts(model: Any, documents: Iterable[Document]) -> ConceptTokens:
     """
     from mi_utils.smallworld.lexicon import PLURAL
 
-    tokenizer, info = model.tokenizer, models.info(model)
-    if tokenizer.bos_token_id is None or not tokenizer.is_fast:
-        raise ValueError(f"The tokenizer of {info.name} has no BOS or no character offsets; both are needed here.")
+    longest = models.info(model).shape.n_ctx
     singular = {plural: noun for noun, plural in PLURAL.items()}
     rows, text, pos, words, templates = [], [], [], [], []
     found: dict[str, list[int]] = defaultdict(list)
     for document in documents:
-        encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = (encoded[name][: info.shape.n_ctx - 1] for name in ("input_ids", "offset_mapping"))
+        ids, offsets = models.to_tokens_and_characters(model, document.text)
+        ids, offsets = ids[:longest], offsets[: longest - 1]
         roles = {(label.start, label.end): label.value for label in document.labels if label.facet == "role"}
         template, first = probing.template_of(document.text, roles), len(text)
         for start, end in offsets:
@@ -164,14 +162,14 @@ def corpus_concepts(model: Any, documents: Iterable[Document]) -> ConceptTokens:
             words.append(singular.get(word, word) or repr(document.text[start:end]))
             text.append(len(rows))
             templates.append(template)
-        pos += range(1, len(ids) + 1)
+        pos += range(1, len(ids))
         # A token begins with the space before its word, which is not the word's.
         starts = np.array([start + (document.text[start] == " " and end > start + 1) for start, end in offsets])
         ends = np.array([end for _, end in offsets])
         for label in labels_of(document):
             inside = np.flatnonzero((label.start <= starts) & (ends <= label.end))
             found[f"{label.facet}: {label.value}"] += (first + inside).tolist()
-        rows.append((tokenizer.bos_token_id, *ids))
+        rows.append(tuple(ids))
     if not rows:
         raise ValueError("No documents: corpus.documents(seed) makes some.")
     names = sorted({tuple(examples): name for name, examples in sorted(found.items(), reverse=True)}.values())

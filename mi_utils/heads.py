@@ -140,7 +140,7 @@ def repeated_random_tokens(model: Any, *, seed: int, n: int, length: int) -> Int
     generator = torch.Generator().manual_seed(seed)
     draws = [ordinary[torch.randperm(len(ordinary), generator=generator)[:length]] for _ in range(n)]
     once = torch.stack(draws)
-    bos = torch.full((n, 1), model.tokenizer.bos_token_id)
+    bos = torch.full((n, 1), models.bos(model))
     return torch.cat([bos, once, once], dim=1).to(models.info(model).device)
 
 

@@ -465,6 +465,30 @@ def check_canary(
 # ------------------------------------------------------------------------------------------------------------- tokens
 
 
+def bos(model: Any) -> int:
+    """The id of the token that stands in front of every text.
+
+    Raises:
+        ValueError: a tokenizer without BOS.
+    """
+    found = model.tokenizer.bos_token_id
+    if found is None:
+        raise ValueError(f"The tokenizer of {info(model).name} has no BOS token, but every text must begin with one.")
+    return found
+
+
+def to_tokens_and_characters(model: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """A text as tokens with BOS in front, and the characters [start, end) of each token behind it.
+
+    Raises:
+        ValueError: a tokenizer without BOS, or one that does not tell the characters.
+    """
+    if not model.tokenizer.is_fast:
+        raise ValueError(f"The tokenizer of {info(model).name} does not tell which characters a token stands for.")
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [bos(model), *encoded["input_ids"]], encoded["offset_mapping"]
+
+
 def to_tokens(model: Any, prompts: Sequence[str]) -> Int[Tensor, "prompt pos"]:
     """Prompts of one length as tokens, each with exactly one BOS in front, on the model's device.
 
@@ -476,12 +500,9 @@ def to_tokens(model: Any, prompts: Sequence[str]) -> Int[Tensor, "prompt pos"]:
 
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError("Give a list of prompts, with at least one in it.")
-    tokenizer = model.tokenizer
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        raise ValueError(f"The tokenizer of {info(model).name} has no BOS token, but every prompt must begin with one.")
+    tokenizer, beginning = model.tokenizer, bos(model)
     rows = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    if doubled := [prompt for prompt, row in zip(prompts, rows, strict=True) if bos in row]:
+    if doubled := [prompt for prompt, row in zip(prompts, rows, strict=True) if beginning in row]:
         raise ValueError(
             f"BOS would stand twice in {doubled[0]!r}: it is put in front of every prompt. Take "
             f"{tokenizer.bos_token!r} out of the text."
@@ -496,7 +517,7 @@ def to_tokens(model: Any, prompts: Sequence[str]) -> Int[Tensor, "prompt pos"]:
         )
     if lengths[0] > info(model).shape.n_ctx:
         raise ValueError(f"Prompts of {lengths[0]} tokens: {info(model).name} has room for {info(model).shape.n_ctx}.")
-    return torch.tensor([[bos, *row] for row in rows], device=info(model).device)
+    return torch.tensor([[beginning, *row] for row in rows], device=info(model).device)
 
 
 def single_token(model: Any, text: str) -> int:

@@ -124,9 +124,6 @@ def label_tokens(
     """
     if at not in ("word", "end"):
         raise ValueError(f"at={at!r}: read at the 'word' that is labelled, or at the 'end' of the text.")
-    info, tokenizer = models.info(model), model.tokenizer
-    if tokenizer.bos_token_id is None or not tokenizer.is_fast:
-        raise ValueError(f"The tokenizer of {info.name} has no BOS or no character offsets; both are needed here.")
     if not len(spans) or not groups:
         raise ValueError("Give at least one labelled span, and at least one kind of group to split by.")
     if wrong := [name for name, values in groups.items() if len(values) != len(spans)]:
@@ -135,15 +132,16 @@ def label_tokens(
         )
     if len({span.label for span in spans}) < 2:
         raise ValueError(f"Every span has the label {spans[0].label!r}: there is nothing to tell apart.")
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    rows = [(tokenizer.bos_token_id, *ids) for ids in encoded["input_ids"]]
+    info = models.info(model)
+    encoded = [models.to_tokens_and_characters(model, text) for text in texts]
+    rows = [tuple(ids) for ids, _ in encoded]
     if long := [text for text, row in zip(texts, rows, strict=True) if len(row) > info.shape.n_ctx]:
         raise ValueError(f"{long[0][:60]!r}… is longer than the {info.shape.n_ctx} tokens {info.name} has room for.")
     positions = []
     for span in spans:
         if not (0 <= span.text < len(texts) and 0 <= span.start < span.end <= len(texts[span.text])):
             raise ValueError(f"{span} lies outside its text.")
-        offsets = encoded["offset_mapping"][span.text]
+        offsets = encoded[span.text][1]
         positions.append(len(offsets) if at == "end" else _last_token(texts[span.text], offsets, span))
     return LabelledTokens(
         texts=tuple(texts),

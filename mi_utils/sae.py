@@ -508,7 +508,7 @@ def _probe_activations(model: Any, site: str, layers: Sequence[int]) -> dict[int
     kept: dict[int, list[Tensor]] = defaultdict(list)
     for row in rows:
         tokens = torch.tensor([row])
-        keep = tokens[0] != model.tokenizer.bos_token_id
+        keep = tokens[0] != models.bos(model)
         for (_, layer), value in models.cache(model, tokens, [site], layers).items():
             kept[layer].append(value[0].flatten(1)[keep.to(value.device)])
     return {layer: torch.cat(values) for layer, values in kept.items()}
@@ -1005,7 +1005,7 @@ def _cross_entropy(
 ) -> Float[Tensor, " row"]:
     """Summed loss (nats) of each row's predictions made at tokens other than BOS, with the site's activations there
     replaced by a function of them."""
-    bos = model.tokenizer.bos_token_id
+    bos = models.bos(model)
     sums = torch.zeros(len(rows), dtype=torch.float64)
     for chosen, tokens in batches_of_one_length(rows, BATCH_TOKENS):
         tokens = tokens.to(models.info(model).device)
@@ -1066,17 +1066,17 @@ def evaluate_sae(model: Any, sae: SparseAutoencoder, rows: Sequence[Sequence[int
 
     Raises:
         WrongSAE: the SAE does not belong to this model.
-        ValueError: no rows with at least two tokens behind BOS.
+        ValueError: no rows, or one that is not BOS and at least two more tokens.
         NothingChanged: the model predicts the same with zeros at the site.
     """
     import xarray as xr
 
     sae.check_model(model)
     rows = [[int(token) for token in row] for row in rows]
-    bos, info = model.tokenizer.bos_token_id, models.info(model)
+    bos, info = models.bos(model), models.info(model)
     n_tokens = [sum(token != bos for token in row) for row in rows]
-    if not rows or min(n_tokens) < 2:
-        raise ValueError("Every row needs BOS and at least two more tokens: one to predict at and one to predict.")
+    if not rows or min(n_tokens) < 2 or any(row[0] != bos for row in rows):
+        raise ValueError("Every row must be BOS and at least two more tokens: one to predict at and one to predict.")
     per_prompt_l0 = torch.zeros(len(rows), dtype=torch.float64)
     count, active = 0, torch.zeros(sae.n_features, dtype=torch.float64)
     total = torch.zeros(sae.n_features, dtype=torch.float64)

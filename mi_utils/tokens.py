@@ -36,7 +36,7 @@ def token_rows(
         ValueError: too little text for two rows, or a tokenizer without BOS.
     """
     info = models.info(model)
-    bos = _bos(model)
+    bos = models.bos(model)
     if texts is None:
         embedded = Path(info.path) in models.EMBEDDED.values()
         source = _corpus_rows(model, seed) if embedded else _sampled_rows(model, seed)
@@ -58,17 +58,10 @@ def token_rows(
     return [torch.tensor(rows[i], device=info.device) for i in order]
 
 
-def _bos(model: Any) -> int:
-    bos = model.tokenizer.bos_token_id
-    if bos is None:
-        raise ValueError(f"The tokenizer of {models.info(model).name} has no BOS token, but every row begins with one.")
-    return bos
-
-
 def _corpus_rows(model: Any, seed: int) -> Iterator[tuple[int, ...]]:
     from mi_utils.smallworld.corpus import documents
 
-    bos = model.tokenizer.bos_token_id
+    bos = models.bos(model)
     for document in documents(SAMPLE_SEED + seed):
         yield (bos, *model.tokenizer.encode(document.text, add_special_tokens=False))
 
@@ -77,7 +70,7 @@ def _sampled_rows(model: Any, seed: int, length: int = 48, batch: int = 32) -> I
     """What the model itself says after BOS, at temperature 1. Endless; repeats are possible."""
     device = models.info(model).device
     generator = torch.Generator().manual_seed(seed)
-    bos = model.tokenizer.bos_token_id
+    bos = models.bos(model)
     while True:
         tokens = torch.full((batch, 1), bos, device=device)
         for _ in range(min(length, models.info(model).shape.n_ctx) - 1):
@@ -157,7 +150,7 @@ def cut_rows(model: Any, items: Iterable[Sequence[int]]) -> Iterator[list[int]]:
     Raises:
         ValueError: a tokenizer without BOS.
     """
-    bos, longest = _bos(model), models.info(model).shape.n_ctx
+    bos, longest = models.bos(model), models.info(model).shape.n_ctx
     for ids in items:
         ids = list(ids[1:]) if len(ids) and ids[0] == bos else list(ids)
         for start in range(0, len(ids), longest - 1):
@@ -213,7 +206,7 @@ def row_activations(model: Any, rows: Sequence[Sequence[int]], site: str, layer:
     Raises:
         ValueError: no rows, or as ``models.cache``.
     """
-    bos = model.tokenizer.bos_token_id
+    bos = models.bos(model)
     kept: list[Tensor | None] = [None] * len(rows)
     for chosen, tokens in batches_of_one_length(rows, BATCH_TOKENS):
         values = models.cache(model, tokens, [site], [layer])[site, layer].flatten(2)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import save_random_gpt2
 
-from mi_utils import models
+from mi_utils import heads, models
+from mi_utils import tokens as rows_of_tokens
 from mi_utils.models import HookNeverFired, ModelNotFound, load_model
 
 PROMPTS = [
@@ -206,6 +207,34 @@ def test_prompts_that_would_move_the_answer_are_refused(tiny, prompts, words):
 def test_prompts_longer_than_the_context_are_refused(tiny):
     with pytest.raises(ValueError, match="64"):
         models.to_tokens(tiny, [" Mary" * 64])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: models.to_tokens(model, PROMPTS),
+        lambda model: models.to_tokens_and_characters(model, PROMPTS[0]),
+        lambda model: rows_of_tokens.token_rows(model, texts=PROMPTS),
+        lambda model: list(rows_of_tokens.cut_rows(model, [[5, 6]])),
+        lambda model: heads.repeated_random_tokens(model, seed=0, n=1, length=4),
+    ],
+)
+def test_a_tokenizer_without_bos_is_refused_by_all_that_make_tokens(tiny, monkeypatch, make):
+    make(tiny)
+    monkeypatch.setattr(tiny.tokenizer, "_special_tokens_map", dict(tiny.tokenizer._special_tokens_map, bos_token=None))
+    assert tiny.tokenizer.bos_token_id is None
+    with pytest.raises(ValueError, match="no BOS token"):
+        make(tiny)
+
+
+def test_every_token_knows_its_characters(tiny, monkeypatch):
+    text = PROMPTS[0]
+    ids, characters = models.to_tokens_and_characters(tiny, text)
+    assert ids == models.to_tokens(tiny, [text])[0].tolist() and len(characters) == len(ids) - 1
+    assert "".join(text[start:end] for start, end in characters) == text
+    monkeypatch.setattr(type(tiny.tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match="which characters"):
+        models.to_tokens_and_characters(tiny, text)
 
 
 def test_an_answer_of_several_tokens_is_shown_in_pieces(tiny):

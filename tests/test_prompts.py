@@ -60,13 +60,6 @@ def test_pairs_that_cannot_be_measured_are_refused_before_the_model_runs(tiny, m
         PromptPairs(tiny, **GOOD | change)
 
 
-def test_a_model_without_bos_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(tiny.tokenizer, "_special_tokens_map", dict(tiny.tokenizer._special_tokens_map, bos_token=None))
-    assert tiny.tokenizer.bos_token_id is None
-    with pytest.raises(ValueError, match="BOS"):
-        PromptPairs(tiny, **GOOD, check=False)
-
-
 def test_a_model_that_does_not_know_the_task_is_refused(tiny):
     """Random weights cannot prefer both answers of a pair: one way round or the other is refused."""
     prompts = {name: values * 2 for name, values in GOOD.items()}

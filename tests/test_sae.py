@@ -297,6 +297,8 @@ def test_cross_entropies_are_those_of_a_plain_run(tiny, rows):
 def test_evaluation_refuses_what_it_cannot_measure(tiny, trained):
     with pytest.raises(ValueError, match="at least two more tokens"):
         saes.evaluate_sae(tiny, trained, [[tiny.tokenizer.bos_token_id, 5]])
+    with pytest.raises(ValueError, match="must be BOS"):
+        saes.evaluate_sae(tiny, trained, [[5, 6, 7, 8]])
 
 
 def test_a_site_that_nothing_depends_on_is_refused(tiny, rows):
