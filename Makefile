@@ -18,7 +18,7 @@ test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=.

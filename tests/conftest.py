@@ -165,6 +165,21 @@ def model():
     return load_model("smallworld")
 
 
+# ------------------------------------------------------------------------------------------------------------- order
+
+# Files that take minutes, the longest first. Begun last, they would keep one worker busy while the other has nothing.
+LONGEST = (
+    "test_mutations.py", "test_mutations_later.py", "test_exercises.py", "test_notebooks.py", "test_untrained_gpt2.py",
+    "test_project.py", "test_sae.py", "test_site.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Longest files first. (The workers' own order, by number of tests, is switched off in the Makefile.)"""
+    last = len(LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else last)
+
+
 # ---------------------------------------------------------------------------------------------------------- summary
 
 

@@ -18,7 +18,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -366,12 +366,13 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def run_notebook(path: Path, build: Path, fault: Fault | None) -> Outcome:
+def run_notebook(path: Path, build: Path, fault: Fault | None, model: str | None = None) -> Outcome:
     """Run a notebook in a forked process until something is red.
 
     Args:
         build: the folder of the study, as the parameter ``output``.
         fault: what to plant; None counts calls instead, and looks at every cell.
+        model: another one than the outputs were stored with: these are not compared.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -385,7 +386,7 @@ def run_notebook(path: Path, build: Path, fault: Fault | None) -> Outcome:
             if fault is not None:
                 plant(fault)
             try:
-                outcome = _run_cells(path, build)
+                outcome = _run_cells(path, build, model)
             except BaseException:
                 outcome = Outcome("runner", message=traceback.format_exc())
             if calls is not None:
@@ -407,7 +408,7 @@ def run_notebook(path: Path, build: Path, fault: Fault | None) -> Outcome:
     return Outcome(**json.loads(text)) if text else Outcome("crash", message="the process ended without a word")
 
 
-def _run_cells(path: Path, build: Path) -> Outcome:
+def _run_cells(path: Path, build: Path, model: str | None) -> Outcome:
     from ipykernel.inprocess import InProcessKernelManager
 
     os.chdir(path.parent)
@@ -422,12 +423,13 @@ def _run_cells(path: Path, build: Path) -> Outcome:
         source = cell.source
         if "parameters" in cell.metadata.get("tags", ()):
             source += f"\noutput = {str(build)!r}"
+            source += "" if model is None else f"\nmodel = {model!r}"
         outputs = _outputs(client, source)
         for output in outputs:
             if output.output_type == "error":
                 kind = "assert" if output.ename == "AssertionError" else output.ename
                 return Outcome(kind, number, output.evalue[:300])
-        if different := differs_from_stored(cell, outputs):
+        if model is None and (different := differs_from_stored(cell, outputs)):
             return Outcome("output", number, different[:300])
     return Outcome()
 
@@ -445,21 +447,28 @@ def _outputs(client: Any, source: str) -> list[nbformat.NotebookNode]:
 
 
 class Runner:
-    """Runs notebooks in a fresh process, whatever this one has computed and cached before."""
+    """Runs notebooks in a fresh process, whatever this one has computed and cached before.
+
+    Args:
+        environment: variables of that process, beside those of this one.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.environment = os.environ | (environment or {})
 
     def __enter__(self) -> Runner:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, __file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=self.environment, **pipes)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.process.stdin.close()
         self.process.wait()
 
-    def run(self, path: Path, build: Path, fault: str | None) -> Outcome:
+    def run(self, path: Path, build: Path, fault: str | None = None, model: str | None = None) -> Outcome:
         """As :func:`run_notebook`, with the fault's name."""
-        self.process.stdin.write(json.dumps([str(path), str(build), fault]) + "\n")
+        self.process.stdin.write(json.dumps([str(path), str(build), fault, model]) + "\n")
         self.process.stdin.flush()
         return Outcome(**json.loads(self.process.stdout.readline()))
 
@@ -469,8 +478,8 @@ def _serve() -> None:
     os.dup2(2, 1)  # what the libraries print is no answer
     preload()
     for line in sys.stdin:
-        path, build, fault = json.loads(line)
-        outcome = run_notebook(Path(path), Path(build), None if fault is None else BY_NAME[fault])
+        path, build, fault, model = json.loads(line)
+        outcome = run_notebook(Path(path), Path(build), None if fault is None else BY_NAME[fault], model)
         print(json.dumps(vars(outcome)), file=answers, flush=True)
 
 
