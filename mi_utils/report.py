@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mi_utils.figures import STYLE as FIGURE_STYLE
 from mi_utils.figures import drawing_script, figure_html, plotly_script
-from mi_utils.study import KINDS
 from mi_utils.svg import draw
 
 if TYPE_CHECKING:
@@ -85,12 +84,12 @@ def write(study: Study, path: Path, figures: Sequence[Any] = (), notes: str = ""
 def compose(study: Study, figures: Sequence[Mapping[str, Any]], notes: str, command: str = "") -> list[Part]:
     """What the report says, in order."""
     verdict = study.verdict()
-    names = {name: name.replace("_", " ") for name in KINDS}
+    named = {prediction.name for prediction in study.predictions}
     summary = _VERDICTS[verdict.status]
     if verdict.failed:
         summary += f" Does not hold: {', '.join(verdict.failed)}."
     if verdict.missing:
-        summary += f" Not measured: {', '.join(names.get(name, name) for name in verdict.missing)}."
+        summary += f" Not measured: {', '.join(name if name in named else _kind(name) for name in verdict.missing)}."
     parts: list[Part] = [
         Paragraph(summary, lead=f"Verdict: {verdict.status}."),
         Paragraph(study.hypothesis, lead="Hypothesis."),
@@ -105,7 +104,7 @@ def compose(study: Study, figures: Sequence[Mapping[str, Any]], notes: str, comm
         ),
         Table(
             ["Prediction", "Kind of evidence", "Measured [interval]", "n", "Threshold", "Outcome"],
-            [row for prediction in study.predictions for row in _measured(study, prediction, names)],
+            [row for prediction in study.predictions for row in _measured(study, prediction)],
         ),
     ]
     if figures:
@@ -133,9 +132,13 @@ def compose(study: Study, figures: Sequence[Mapping[str, Any]], notes: str, comm
     return parts
 
 
-def _measured(study: Study, prediction: Any, names: Mapping[str, str]) -> list[list[str]]:
+def _kind(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _measured(study: Study, prediction: Any) -> list[list[str]]:
     """A row for every measurement of a prediction, or one that says that there is none."""
-    about = [f"{prediction.name}: {prediction.statement}", names[prediction.kind]]
+    about = [f"{prediction.name}: {prediction.statement}", _kind(prediction.kind)]
     threshold = f"{prediction.relation} {prediction.threshold:g}"
     found = [record for record in study.evidence if record.prediction == prediction.name]
     if not found:

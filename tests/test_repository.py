@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -97,6 +98,52 @@ def test_every_pin_lies_in_its_range(name, version):
 
 def test_every_range_is_pinned():
     assert set(ranges()) == set(pins())
+
+
+# ---------------------------------------------------------------- the order of the modules
+
+
+def imported_modules(code: str) -> set[str]:
+    """Modules of the package that a module's code imports, also inside functions, but not for its annotations alone."""
+    tree = ast.parse(code)
+    annotations = (
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    )
+    found, left_out = set(), {id(node) for node in annotations}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in left_out and node.module:
+            package, _, module = node.module.partition(".")
+            if package == "mi_utils":
+                found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mi_utils.")}
+    return found
+
+
+def test_a_module_imports_only_from_those_before_it():
+    rules = " ".join((ROOT / "CLAUDE.md").read_text(encoding="utf-8").split())
+    listed = re.search(r"imports only from those before it: ([\w,; ]+) and the command line\.", rules)
+    order = re.split(r"[,;] ", listed[1])
+    modules = {path.stem: path for path in (ROOT / "mi_utils").glob("*.py") if not path.stem.startswith("__")}
+    assert sorted(order) == sorted(modules)
+    for number, name in enumerate(order):
+        later = imported_modules(modules[name].read_text(encoding="utf-8")) & set(order[number:])
+        assert not later, f"{name} imports {later}"
+
+
+def test_imports_are_seen():
+    code = """
+if TYPE_CHECKING:
+    from mi_utils.study import Study
+import mi_utils.plots
+from mi_utils.stats import max_statistic
+def late():
+    from mi_utils import models
+"""
+    assert imported_modules(code) == {"plots", "stats", "models"}
 
 
 # ---------------------------------------------------------------- links and commands
