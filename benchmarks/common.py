@@ -24,7 +24,7 @@ N_TOKENS = 15  # of the prompts, BOS included
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``limit`` is the share of what the FLOP bound allows at the matmul rate of the run."""
+    """One line of the table. ``limit``: the time of our FLOPs at the run's matmul rate, as a share of ours."""
 
     work: str
     peer: str
@@ -34,7 +34,7 @@ class Row:
     ratio: float  # their time / our time, median over the rounds
     bar: float | None = None  # the ratio to reach, where one was set
     difference: float | None = None  # largest absolute difference between the two results
-    bound: float | None = None  # ratio that the FLOPs alone would allow
+    bound: float | None = None  # the peer's FLOPs / ours
     limit: float | None = None
     note: str = ""
 
@@ -180,7 +180,7 @@ def _seconds(value: float) -> str:
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| work | peer | threads | theirs | ours | ratio | bar | FLOP bound | share of limit | largest difference |",
+        "| work | peer | threads | theirs | ours | ratio | bar | FLOP ratio | share of limit | largest difference |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

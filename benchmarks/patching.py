@@ -36,7 +36,7 @@ TITLE = "Activation patching"
 NOTE = (
     "Prompts have 15 tokens. One token differs: position 10, as S2 in IOI prompts; three names: 3, 5, 10; everywhere: "
     "all but BOS. The peers' times are those of a few cells, scaled to the grid. Largest difference: of the mean "
-    "patched logit difference at those cells, in logits. The FLOP bound counts one whole pass a cell, all positions "
+    "patched logit difference at those cells, in logits. The FLOP ratio counts one whole pass a cell, all positions "
     "unembedded, against the least that an exact sweep has to do."
 )
 DIFFER = {"one token differs": (10,), "three names differ": (3, 5, 10), "all differ": tuple(range(1, 15))}

@@ -22,9 +22,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 HEAD = """# Benchmarks
 
 Ours beside the peer's: the same work and weights, in one process, in turns. The ratio is the peer's time by ours
-(median over the rounds); times are medians too, and say more about the machine than about the code. "FLOP bound" is
-the ratio that arithmetic alone would allow. "Share of the limit" is how near our time comes to the work's FLOPs at
-the rate of a plain matrix product measured in the same rounds. `make bench` writes this file.
+(median over the rounds); times are medians too, and say more about the machine than about the code. "FLOP ratio" is
+the peer's work by ours in FLOPs. The ratio of times can be larger, where the peer is further from the machine's rate.
+"Share of the limit" is how near our time comes to our FLOPs at the rate of a plain matrix product measured in the same
+rounds. `make bench` writes this file.
 """
 
 

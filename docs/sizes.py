@@ -16,13 +16,13 @@ PLACE = re.compile(r"(<!-- sizes: [^\n]*-->\n).*?(<!-- end of sizes -->)", re.DO
 def table() -> str:
     """Markdown: weights, one pass, a patching sweep and SAE training for models of all sizes."""
     lines = [
-        "| model | parameters | tool | dtype | loaded | patching, 16 × 32 tokens | training an SAE |",
+        "| model | parameters | tool | dtype | loaded | patching on a GPU, 16 × 32 tokens | training an SAE |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:
         shape = known_shape(name)
         dtype = "float32" if shape.n_parameters < 1e9 else "bfloat16"
-        needs = [estimate(shape, task, batch=16, seq=32, dtype=dtype) for task in ("patching", "sae")]
+        needs = [estimate(shape, task, batch=16, seq=32, dtype=dtype, device="cuda") for task in ("patching", "sae")]
         cells = [name, f"{shape.n_parameters / 1e9:.2g} B", choose_tool(shape).tool, dtype]
         cells += [format_bytes(needs[0].weights), *(format_bytes(need.total) for need in needs)]
         lines.append(f"| {' | '.join(cells)} |")

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "compute": ("choose_tool", "environment", "estimate_memory", "known_shape", "pick_device", "seed_everything"),
+    "compute": ("choose_tool", "environment", "known_shape", "pick_device", "seed_everything"),
     "models": ("ModelNotFound", "embedded_names", "info", "load_model"),
     "prompts": ("ModelDoesNotKnowTask", "PromptPairs", "behaviour_pairs", "ioi_pairs"),
     "metrics": ("METRICS", "LogitDiff"),

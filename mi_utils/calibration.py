@@ -381,9 +381,9 @@ def page(outcomes: Sequence[Outcome], took: str) -> str:
         "What the worlds are:", "",
         *(f"- *{name}* ({family.truth}): {family.what}." for name, family in FAMILIES.items()), "",
         "A world that the tools refuse (no gap between clean and corrupted, say) counts as not supported. The last "
-        "column says which kind of evidence caught how many worlds: each kind has a family that only it, or it above "
-        "all, turns away. Trained networks are listed for comparison and count for neither share, because nobody knows "
-        "their truth.", "",
+        "column says which kind of evidence caught how many worlds. What fails causally mostly fails on held-out "
+        "prompts and on other seeds as well; each of the other kinds has a family that it above all turns away. "
+        "Trained networks are listed for comparison and count for neither share, because nobody knows their truth.", "",
         "What it does not show: the rate of false alarms among *your* hypotheses. It is that of these families of "
         "worlds, with these thresholds, on networks of two and four layers.", "",
         f"{took} To run it again: `python -m mi_utils calibrate`.", "",

@@ -451,7 +451,7 @@ def estimate_memory(
     task: str = "forward",
     site: str = "resid_pre",
 ) -> MemoryEstimate:
-    """Peak memory of inference, before anything is loaded. Good to a factor of about 1.5; loading may need more.
+    """The parts that ``estimates.estimate`` and the planner of sweeps count with; take that function for a task's peak.
 
     Args:
         batch, seq: prompts at once, and tokens in each.

@@ -26,5 +26,9 @@ def discovery(net: Any, seed: int, check: bool = True) -> PromptPairs:
 
 
 def confirmation(net: Any, seed: int, check: bool = True) -> PromptPairs:
-    """Pairs of the same kind that nobody has looked at: for the evidence in 05, and for nothing else."""
+    """Pairs of the same kind that nobody has looked at: for the evidence in 05, and for nothing else.
+
+    Another draw is enough here, out of many thousand sentences; 05 refuses if one was drawn twice. With few sentences
+    split what varies, such as the nouns, and draw from the two parts.
+    """
     return ioi_pairs(net, n=16, seed=seed + 1000, split="train", check=check)
