@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 KINDS = {
     "causal": "an intervention on the model changes the behaviour as predicted",
     "held_out": "it holds on prompts that played no part in finding it",
-    "seeds": "it holds in models trained from other seeds",
+    "seeds": "it holds with other seeds, of training or else of the prompts",
     "alternatives": "other explanations fail to account for it",
     "effect_size": "the effect is large enough to matter, with an interval",
 }
