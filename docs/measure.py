@@ -99,7 +99,7 @@ def main(numbers: list[str]) -> None:
         costs = measured() | {notebook.stem: cost}
         there = {path.stem: costs[path.stem] for path in notebooks if path.stem in costs}
         MEASURED.write_text(json.dumps({"machine": machine, "notebooks": there}, indent=1) + "\n", encoding="utf-8")
-        outputs["drop_progress"](notebook)
+        outputs["tidy_prints"](notebook)
     outputs["PICTURE"].write_text(outputs["stored_picture"]() + "\n", encoding="utf-8")
     README.write_text(with_costs(README.read_text(encoding="utf-8"), measured()), encoding="utf-8")
 

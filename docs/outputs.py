@@ -1,20 +1,23 @@
-"""What `make outputs` does to notebooks: no progress bars, the same Colab cell in all; and the README's picture."""
+"""What `make outputs` does to notebooks: no progress bars, prints in one piece, the same Colab cell in all; and the
+README's picture."""
 
 from pathlib import Path
 
 import nbformat
+from nbval.plugin import coalesce_streams
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "layer-position.svg"
 FIRST = ROOT / "notebooks" / "01_environment_setup.ipynb"  # its Colab cell is the model for all others
 
 
-def drop_progress(path: Path) -> None:
-    """Take out what was written to stderr: progress bars, whose every step would be stored."""
+def tidy_prints(path: Path) -> None:
+    """Take out what was written to stderr: progress bars, whose every step would be stored. What a cell prints may have
+    come in several pieces: it is stored as one."""
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = coalesce_streams([output for output in cell.outputs if output.get("name") != "stderr"])
     nbformat.write(nb, path)
 
 
@@ -46,6 +49,6 @@ def stored_picture() -> str:
 
 if __name__ == "__main__":
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        drop_progress(notebook)
+        tidy_prints(notebook)
         same_colab_cell(notebook)
     PICTURE.write_text(stored_picture() + "\n", encoding="utf-8")
