@@ -58,6 +58,7 @@ def test_the_evidence_is_that_of_the_induction_head(hand):
     assert report["copying, direct embeddings"] == pytest.approx(1, abs=1e-3)
     assert report["repeated tokens: nats lost"] > 1
     assert report["prompt pairs: share of the effect lost"] == pytest.approx(1, abs=0.4)
+    assert [each.kind for each in report.evidence[-2:]] == ["mean ablation"] * 2  # the kind decides what is seen
     others = {each.what: each.others for each in report.evidence}
     assert others["repeated tokens: nats lost"] == pytest.approx(0, abs=1e-4)
     with pytest.raises(KeyError, match="copying, direct"):
