@@ -13,6 +13,9 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -32,6 +35,7 @@ TIES = "of equal activations the earlier token"
 OCTAVES, PARTS = (-10, 10), 4  # the histogram: powers of two from 2**-10 to 2**10, each cut into four equal parts
 N_BINS = (OCTAVES[1] - OCTAVES[0]) * PARTS + 2  # and one below, one above
 SAVE_EVERY = 30.0  # seconds
+FORMAT = 2  # of the file in which a search is kept
 
 
 class Dictionary(Protocol):
@@ -222,73 +226,72 @@ def _bins(values: Float[np.ndarray, " entry"]) -> Int[np.ndarray, " entry"]:
     return np.clip((values.view(np.int32) >> 21) - (127 + OCTAVES[0]) * PARTS + 1, 0, N_BINS - 1)
 
 
-class _Kept:
-    """For each feature the ``k`` entries with the smallest keys; of equal keys the earlier token."""
+def _strongest_first(
+    values: Float[np.ndarray, " entry"], places: Int[np.ndarray, " entry"]
+) -> Int[np.ndarray, " entry"]:
+    """Keys in the order of falling activations, of equal ones in the order of places (of each 2**32 of them)."""
+    # The bits of a positive float32 are in the order of the numbers.
+    return (places & 0xFFFFFFFF) - (values.view(np.int32).astype(np.int64) << 32)
 
-    def __init__(self, n_features: int, k: int, width: int, dtype: type) -> None:
+
+class _Kept:
+    """For each feature the ``k`` entries with the smallest keys, in no order. No two entries have the same key."""
+
+    def __init__(self, n_features: int, k: int, width: int) -> None:
         self.k = k
-        self.fill = np.inf if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max
-        self.key = np.full((n_features, k), self.fill, dtype)  # each row in order
+        self.key = np.full((n_features, k), np.iinfo(np.int64).max)
         self.token = np.full((n_features, k), -1, np.int64)
         self.value = np.full((n_features, k), np.nan, np.float32)
-        self.slot = np.tile(np.arange(k, dtype=np.int32), (n_features, 1))  # where its windows lie: they never move
         self.context = np.full((n_features, k, width), -1, np.int32)
         self.around = np.zeros((n_features, k, width), np.float32)
-        self.last = self.key[:, -1].copy()
+        self.slot, self.last = np.zeros(n_features, np.int64), self.key[:, 0].copy()
         self.small = np.min_scalar_type(n_features)  # numbers of 16 bits are sorted by counting
 
+    def find_last(self, features: Int[np.ndarray, " feature"]) -> None:
+        """Where the last of these features' entries stands, and its key. An empty slot comes after all."""
+        self.slot[features] = slot = self.key[features].argmax(1)
+        self.last[features] = self.key[features, slot]
+
     def offer(self, entries: _Entries, keys: np.ndarray) -> None:
-        # Most entries of a long stream end here: they come after the last one kept. A tie does, too.
+        # Most entries of a long stream end here: they come after the last one kept.
         good = np.flatnonzero(keys < self.last[entries.feature])
         if not len(good):
             return
-        # By feature, of one feature by key, of one key as they came; and of a feature no more than can be kept.
-        good = good[np.argsort(keys[good], kind="stable")]
+        # By feature, and of one feature by key.
+        good = good[np.argsort(keys[good])]
         good = good[np.argsort(entries.feature[good].astype(self.small), kind="stable")]
         feature = entries.feature[good]
         first = np.flatnonzero(np.diff(feature, prepend=-1))
-        touched, count = feature[first], np.diff(first, append=len(good))
-        group = np.repeat(np.arange(len(touched)), count)
-        place = np.arange(len(good)) - first[group]
-        good, group, place = good[place < self.k], group[place < self.k], place[place < self.k]
-        # Kept entries and new ones side by side, a row a feature. What came earlier stands further left, so that a
-        # stable sort keeps it first among equals; two runs in order are quickly merged.
-        wide = self.k + int(place.max()) + 1
-        rows, source = np.full((len(touched), wide), self.fill, self.key.dtype), np.full((len(touched), wide), -1)
-        rows[:, : self.k] = self.key[touched]
-        rows[group, self.k + place], source[group, self.k + place] = keys[good], good
-        chosen = np.argsort(rows, axis=1, kind="stable")[:, : self.k]
-        each = np.arange(len(touched))[:, None]
-        new = chosen >= self.k
-        new_entries = source[each, chosen][new]
-        old = np.where(new, 0, chosen)
-        self.key[touched] = rows[each, chosen]
-        for kept, values in ((self.token, entries.token), (self.value, entries.value)):
-            moved = kept[touched[:, None], old]
-            moved[new] = values[new_entries]
-            kept[touched] = moved
-        self.last[touched] = self.key[touched, -1]
-
-        # As many entries of a feature come in as go out, and take their slots.
-        goes = np.ones((len(touched), self.k), bool)
-        goes[np.nonzero(~new)[0], chosen[~new]] = False
-        slots = self.slot[touched]
-        moved = slots[each, old]
-        moved[new] = slots[goes]
-        self.slot[touched] = moved
+        count = np.diff(first, append=len(good))
+        # While a feature has empty slots, all at once; then one entry of each at a time takes the place of the last.
+        filled = (self.token[feature[first]] >= 0).sum(1)
+        slot = np.arange(len(good)) - np.repeat(first - filled, count)
+        turn = np.maximum(slot - self.k + 1, 0)
+        in_turn, ends = np.argsort(turn, kind="stable"), np.cumsum(np.bincount(turn))
+        taken, where = [], []
+        for now, (start, end) in enumerate(pairwise([0, *ends])):
+            entry, into = good[in_turn[start:end]], slot[in_turn[start:end]]
+            if now:
+                entry = entry[keys[entry] < self.last[entries.feature[entry]]]
+                into = self.slot[entries.feature[entry]]
+                if not len(entry):
+                    break
+            touched = entries.feature[entry]
+            self.key[touched, into] = keys[entry]
+            self.token[touched, into] = entries.token[entry]
+            self.value[touched, into] = entries.value[entry]
+            self.find_last(touched if now else np.unique(touched))
+            taken.append(entry)
+            where.append(touched * self.k + into)
         # In the order of the stream, so that windows that lie side by side are read one after the other.
-        in_turn = np.argsort(new_entries)
-        where = (touched[:, None] * self.k + moved)[new][in_turn]
-        for kept, windows in zip((self.context, self.around), entries.windows(new_entries[in_turn]), strict=True):
-            kept.reshape(-1, kept.shape[-1])[where] = windows
-
-    def in_order(self, name: str) -> np.ndarray:
-        """An array over (feature, entry, …), the windows in the order of the keys."""
-        values = getattr(self, name)
-        return values[np.arange(len(values))[:, None], self.slot] if name in ("context", "around") else values
+        taken, where = np.concatenate(taken), np.concatenate(where)
+        order = np.argsort(taken)
+        for kept, windows in zip((self.context, self.around), entries.windows(taken[order]), strict=True):
+            kept.reshape(-1, kept.shape[-1])[where[order]] = windows
 
 
-class _Entries(NamedTuple):
+@dataclass(frozen=True)
+class _Entries:
     """The active features of one batch: an entry for each pair of token and feature."""
 
     feature: Int[np.ndarray, " entry"]
@@ -300,24 +303,30 @@ class _Entries(NamedTuple):
     counts: Bool[np.ndarray, " token"]
     offsets: Int[np.ndarray, " offset"]
 
-    def windows(self, chosen: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and activations of the feature, around some of the entries [n, offset]."""
+    @cached_property
+    def _padded(self) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of tokens, and of which of them count, from each place of the padded rows [place, offset]."""
         rows, counts = self.tokens.numpy(), self.counts.reshape(self.tokens.shape)
-        length, n_features = rows.shape[1], self.activations.shape[-1]
+        length, room = rows.shape[1], ((0, 0), (-self.offsets[0], self.offsets[-1]))
         # Behind a row's last token that counts there is padding.
         inside = np.arange(length) < (length - counts[:, ::-1].argmax(1))[:, None]
-        row, pos = np.divmod(self.place[chosen], length)
-        room = (0, 0), (-self.offsets[0], self.offsets[-1])
-        start = row * (length + len(self.offsets) - 1) + pos
 
-        def around(values: np.ndarray, beyond: int) -> np.ndarray:
+        def windows(values: np.ndarray, beyond: int) -> np.ndarray:
             padded = np.pad(values, room, constant_values=beyond).ravel()
-            return np.lib.stride_tricks.sliding_window_view(padded, len(self.offsets))[start]
+            return np.lib.stride_tricks.sliding_window_view(padded, len(self.offsets))
 
+        return windows(np.where(inside, rows, -1), -1), windows(counts, False)
+
+    def windows(self, chosen: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and activations of the feature, around some of the entries [n, offset]."""
+        length, n_features = self.activations.shape[1:]
+        row, pos = np.divmod(self.place[chosen], length)
+        start = row * (length + len(self.offsets) - 1) + pos
         where = (self.place[chosen] * n_features + self.feature[chosen])[:, None] + self.offsets * n_features
         where = torch.from_numpy(where).clamp_(0, self.activations.numel() - 1)
         found = self.activations.take(where.to(self.activations.device)).float().cpu().numpy()
-        return around(np.where(inside, rows, -1), -1), np.where(around(counts, False), found, 0)
+        tokens, counts = self._padded
+        return tokens[start], np.where(counts[start], found, 0)
 
 
 class _Search:
@@ -327,8 +336,8 @@ class _Search:
         self.sae, self.seed = sae, seed
         self.offsets = np.arange(-window[0], window[1] + 1)
         self.histogram = np.zeros((sae.n_features, N_BINS), np.int64)
-        self.top = _Kept(sae.n_features, top, len(self.offsets), np.float32)
-        self.sample = _Kept(sae.n_features, draws, len(self.offsets), np.int64)
+        self.top = _Kept(sae.n_features, top, len(self.offsets))
+        self.sample = _Kept(sae.n_features, draws, len(self.offsets))
         self.batches = self.seen = self.counted = self.crc = 0
         self.before_last = 0  # counted before the last batch
 
@@ -341,7 +350,7 @@ class _Search:
         place, feature, value = _active(activations.flatten(0, 1), counts)
         entries = _Entries(feature, place, self.seen + place, value, tokens.cpu(), activations, counts, self.offsets)
         np.add.at(self.histogram.ravel(), feature * N_BINS + _bins(value), 1)
-        self.top.offer(entries, -value)
+        self.top.offer(entries, _strongest_first(value, entries.token))
         self.sample.offer(entries, lots(self.seen + np.arange(len(counts)), self.seed)[place])
         self.seen += len(counts)
         self.before_last = self.counted
@@ -352,14 +361,13 @@ class _Search:
         import xarray as xr
 
         active = self.histogram.sum(1)
-        order = np.lexsort((self.sample.token, -np.nan_to_num(self.sample.value, nan=-np.inf)), axis=-1)
 
-        def variables(name: str, dim: str, kept: _Kept, order: np.ndarray | None = None) -> dict[str, Any]:
-            rows = np.arange(kept.k)[None] if order is None else order
-            parts = {part: kept.in_order(part) for part in ("token", "context", "around")} | {"activation": kept.value}
-            every = np.arange(len(kept.key))[:, None]
+        def variables(name: str, dim: str, kept: _Kept) -> dict[str, Any]:
+            order = np.lexsort((kept.token, -np.nan_to_num(kept.value, nan=-np.inf)), axis=-1)
+            parts = {part: getattr(kept, part) for part in ("token", "context", "around")} | {"activation": kept.value}
+            every = np.arange(len(order))[:, None]
             return {
-                f"{name}_{part}": (("feature", dim, "offset")[: values.ndim], values[every, rows])
+                f"{name}_{part}": (("feature", dim, "offset")[: values.ndim], values[every, order])
                 for part, values in parts.items()
             }
 
@@ -370,7 +378,7 @@ class _Search:
                 "active": ("feature", active),
                 "density": ("feature", active / self.counted),
                 **variables("top", "rank", self.top),
-                **variables("sample", "draw", self.sample, order),
+                **variables("sample", "draw", self.sample),
             },
             coords={
                 "feature": np.arange(self.sae.n_features), "rank": np.arange(self.top.k),
@@ -386,7 +394,7 @@ class _Search:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         kept = {"top": self.top, "sample": self.sample}
-        fields = ("key", "token", "value", "slot", "context", "around")
+        fields = ("key", "token", "value", "context", "around")
         return {"histogram": self.histogram} | {
             f"{name}_{field}": getattr(each, field) for name, each in kept.items() for field in fields
         }
@@ -416,7 +424,7 @@ class _Search:
         for name, own in self._arrays().items():
             own[...] = arrays[name]
         for kept in (self.top, self.sample):
-            kept.last = kept.key[:, -1].copy()
+            kept.find_last(np.arange(len(kept.key)))
         numbers = (int(each) for each in arrays["numbers"])
         self.batches, self.seen, self.counted, self.before_last, self.crc = numbers
 
@@ -424,7 +432,7 @@ class _Search:
         """Hash of all that decides the numbers beside the stream."""
         info = models.info(model)
         about = (
-            info.name, info.processing, info.dtype, self.sae.site, self.sae.layer, self.seed, self.top.k,
+            FORMAT, info.name, info.processing, info.dtype, self.sae.site, self.sae.layer, self.seed, self.top.k,
             self.sample.k, self.offsets.tolist(),
         )  # fmt: skip
         digest = hashlib.sha256(repr(about).encode())
