@@ -169,12 +169,9 @@ def _significance_marks(significance: xr.Dataset | None, data: xr.DataArray, lev
         return []
     if not {"p_value", "p_corrected"} <= set(significance.variables):
         raise ValueError("significance must hold p_value and p_corrected: give what stats.max_statistic returns.")
-    if set(significance["p_value"].dims) != set(data.dims) or dict(significance["p_value"].sizes) != dict(data.sizes):
-        raise ValueError(
-            f"significance goes over {_cells(significance['p_value'])} and the result over {_cells(data)}: test the "
-            "result that is shown."
-        )
-    alone, corrected = (significance[name].transpose(*data.dims).values <= level for name in ("p_value", "p_corrected"))
+    alone, corrected = (
+        stats.in_order_of(significance[name], data).values <= level for name in ("p_value", "p_corrected")
+    )
     traces = []
     for name, passed, tone, symbol in (
         (f"p \u2264 {level:g} by itself", alone & ~corrected, GREY, "circle"),
@@ -254,7 +251,9 @@ def attention(
             "yanchor": "bottom", "showarrow": False, "text": f"L{layer}H{head}", "font": {"size": 12},
         })  # fmt: skip
         pattern = np.asarray(data.sel(layer=layer, head=head).transpose("query", "key"), dtype=float)
-        masked = np.where(np.tril(np.ones_like(pattern)) > 0, pattern, np.nan)
+        # A query looks at what stands before it; some may have been selected.
+        at = {dim: data[dim].values if dim in data.coords else np.arange(data.sizes[dim]) for dim in ("query", "key")}
+        masked = np.where(at["key"] <= at["query"][:, None], pattern, np.nan)
         traces.append(
             _heat_trace(masked, queries, keys, ("query", "key"), quantity) | {"xaxis": f"x{name}", "yaxis": f"y{name}"}
         )
@@ -419,6 +418,7 @@ def lines(
         for i, entry in enumerate(_labels(ends["mean"], others[0])):
             # "layer 3" and "head 3", but "tuned lens" rather than "lens tuned lens"
             key = f"{name} {entry if entry[:1].isalpha() else f'{others[0]} {entry}'}".strip()
+            key = f"{key} ({i})" if key in series else key
             series[key] = {end: values.isel({others[0]: i}) for end, values in ends.items()}
     if len(series) > MOST_LINES:
         raise ValueError(f"{len(series)} lines cannot be told apart: choose up to {MOST_LINES}, or use heatmap.")
@@ -472,12 +472,8 @@ def scatter(
     Raises:
         ValueError: the two are not over the same cells.
     """
-    across, down = _mean(x), _mean(y)
-    if set(across.dims) != set(down.dims) or dict(across.sizes) != dict(down.sizes):
-        raise ValueError(
-            f"Points need the same cells in both results: these go over {_cells(across)} and {_cells(down)}."
-        )
-    down = down.transpose(*across.dims)
+    across = _mean(x)
+    down = stats.in_order_of(_mean(y), across)
     names = _cell_names(across)
     a, b = (np.asarray(values, dtype=float).ravel() for values in (across, down))
     shown = np.argsort(-np.hypot(a, b), kind="stable")[:named].tolist()
@@ -660,7 +656,7 @@ def knob(show: Callable[..., go.Figure | str], **ranges: tuple[float, float]) ->
 
 
 def _mean(result: xr.DataArray) -> xr.DataArray:
-    return result.mean("prompt", keep_attrs=True) if "prompt" in result.dims else result
+    return result.mean("prompt", keep_attrs=True, skipna=False) if "prompt" in result.dims else result
 
 
 def _ends(result: xr.DataArray | xr.Dataset) -> dict[str, xr.DataArray]:
@@ -669,7 +665,7 @@ def _ends(result: xr.DataArray | xr.Dataset) -> dict[str, xr.DataArray]:
         if not {"mean", "low", "high"} <= set(result.data_vars):
             raise ValueError(f"Choose one variable of the dataset: {', '.join(map(str, result.data_vars))}.")
         return {name: result[name] for name in ("mean", "low", "high")}
-    if result.sizes.get("prompt", 0) > 1:
+    if result.sizes.get("prompt", 0) >= stats.LEAST and bool(result.notnull().all()):
         summary = stats.summarise(result)
         return {name: summary[name] for name in ("mean", "low", "high")}
     return {"mean": _mean(result)}
@@ -699,10 +695,6 @@ def _labels(result: xr.DataArray, dim: str, most: int = 24) -> list[str]:
             return [_shorten(str(value), most) for value in coord.values]
     values = result[dim].values if dim in result.coords else np.arange(result.sizes[dim])
     return [_shorten(str(value), most) for value in values]
-
-
-def _cells(result: xr.DataArray) -> str:
-    return " × ".join(f"{size} {dim}" for dim, size in result.sizes.items()) or "a single cell"
 
 
 def _cell_names(result: xr.DataArray) -> list[str]:
@@ -811,7 +803,8 @@ def _numbered_axis(dim: str, size: int) -> dict[str, Any]:
 
 
 def _value_axis(values: np.ndarray, title: str) -> dict[str, Any]:
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    there = values[np.isfinite(values)]
+    low, high = (float(there.min()), float(there.max())) if there.size else (0.0, 1.0)
     room = 0.05 * (high - low) or 0.5
     ends = [float(f"{low - room:.4g}"), float(f"{high + room:.4g}")]
     return {"title": {"text": title}, "range": ends, "dtick": nice_step(ends[1] - ends[0]), "showgrid": True}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 RESAMPLES = 4000
+LEAST = 4  # values for a bootstrap-t interval: with fewer it covers much less often than it says
 EXACT_UP_TO = 12  # values; 2**12 sign patterns are fewer than RESAMPLES asks for
 
 
@@ -67,17 +68,17 @@ def bootstrap_interval(
         The estimate, in the units of ``values``. Values that are all the same give an interval of no width.
 
     Raises:
-        ValueError: fewer than 2 values, values that are missing or not one a prompt, values of 0 and 1 (count them
-            and use :func:`proportion_interval`), weights that sum to zero.
+        ValueError: fewer than 4 values (of 3 it would cover 84 %, of 2 half), values that are missing or not one a
+            prompt, values of 0 and 1 (count them and use :func:`proportion_interval`), weights that sum to zero.
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5.
     """
-    values = _vector(values, at_least=2)
+    values = _vector(values, at_least=LEAST)
     if set(np.unique(values)) == {0.0, 1.0}:
         raise ValueError(
             "These values are 0 or 1: a share of prompts. Use proportion_interval(k, n) with the number of ones."
         )
-    weights = None if weights is None else _vector(weights, at_least=2, what="weights")
+    weights = None if weights is None else _vector(weights, at_least=LEAST, what="weights")
     if weights is not None and len(weights) != len(values):
         raise ValueError(f"{len(values)} values but {len(weights)} weights: give one weight a value.")
     mean, low, high = _bootstrap_t(values[:, None], weights, confidence, seed)
@@ -357,11 +358,12 @@ def agreement(
         raise ValueError("Agreement needs at least two results.")
     means = {}
     for name, result in results.items():
+        _check_values(np.asarray(result, dtype=float), at_least=1)
         if isinstance(result, xr.DataArray):
             result = result.mean(dim) if dim in result.dims else result
             first = next((m for m in means.values() if isinstance(m, xr.DataArray)), None)
-            if first is not None and set(result.dims) == set(first.dims):
-                result = result.transpose(*first.dims)
+            if first is not None and cells == "same":
+                result = in_order_of(result, first)
         means[str(name)] = result
     arrays = {name: np.asarray(mean, dtype=float) for name, mean in means.items()}
     if len({array.shape for array in arrays.values()}) > 1:
@@ -405,8 +407,8 @@ class Between(NamedTuple):
 
     Attributes:
         estimates: of each, under its name.
-        pooled: mean over them, with an interval for *another* one drawn like these (a prediction interval is wider
-            still). Needs no common true value.
+        pooled: mean over them, with an interval for the mean of all networks from which these were drawn. Another
+            single one may well lie outside. Needs no common true value.
         smallest, largest: names of the two ends.
         i_squared: share of the spread between them that sampling of prompts does not explain, 0 … 1.
         p_value: of Cochran's Q, that they have a common true value.
@@ -481,7 +483,7 @@ def summarise(
         attributes, ``n`` and ``confidence``.
 
     Raises:
-        ValueError: ``dim`` is not there or has fewer than 2 entries, or values are missing.
+        ValueError: ``dim`` is not there or has fewer than 4 entries, or values are missing.
     """
     import xarray as xr
 
@@ -489,9 +491,9 @@ def summarise(
         raise ValueError(f"The result has no dimension {dim!r}: it has {', '.join(map(str, result.dims))}.")
     result = result.transpose(dim, ...)
     values = np.asarray(result, dtype=float)
-    _check_values(values, at_least=2)
+    _check_values(values, at_least=LEAST)
     rest = values.shape[1:]
-    weights = None if weights is None else _vector(weights, at_least=2, what="weights")
+    weights = None if weights is None else _vector(weights, at_least=LEAST, what="weights")
     ends = _bootstrap_t(values.reshape(len(values), -1), weights, confidence, seed)
     template = _without(result, dim)
     names = ("mean", "low", "high")
@@ -514,16 +516,38 @@ def pooled_effect(effect: xr.DataArray) -> xr.DataArray:
         The effect without the dimension ``prompt``.
 
     Raises:
-        ValueError: the coordinates are not there, or the gaps cancel.
+        ValueError: the coordinates are not there, effects are missing, or the gaps cancel.
     """
     if missing := {"clean", "corrupted"} - set(effect.coords):
         raise ValueError(
             f"The result has no coordinate {' or '.join(sorted(missing))} to weight the prompts by: "
             "give a result of patch_sweep or ablate."
         )
+    _check_values(np.asarray(effect, dtype=float), at_least=1, what="effects")
     gap = effect["clean"] - effect["corrupted"]
     _check_weights(np.asarray(gap, dtype=float))
     return ((effect * gap).sum("prompt") / gap.sum("prompt")).assign_attrs(effect.attrs).rename(effect.name)
+
+
+def in_order_of(result: xr.DataArray, first: xr.DataArray) -> xr.DataArray:
+    """``result`` with its dimensions and their entries in the order of ``first``.
+
+    Raises:
+        ValueError: the two are not over the same cells.
+    """
+    if set(result.dims) != set(first.dims) or dict(result.sizes) != dict(first.sizes):
+        raise ValueError(f"The results are over other cells: {_cells(first)} and {_cells(result)}.")
+    for dim in set(first.dims) & set(first.coords) & set(result.coords):
+        entries, others = first[dim].values, result[dim].values
+        if sorted(map(str, entries)) != sorted(map(str, others)):
+            raise ValueError(f"The results are over other cells: {dim} {list(entries)} and {list(others)}.")
+        if list(entries) != list(others):
+            result = result.sel({dim: entries})
+    return result.transpose(*first.dims)
+
+
+def _cells(result: xr.DataArray) -> str:
+    return " × ".join(f"{size} {dim}" for dim, size in result.sizes.items()) or "a single cell"
 
 
 def _without(result: xr.DataArray, dim: str) -> xr.DataArray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape, unescape
+from itertools import groupby
 from typing import Any
 
 WIDTH = 860
@@ -19,12 +20,17 @@ INK, GRID = "#24292f", "#e3e6ea"
 
 
 def draw(figure: Mapping[str, Any]) -> str | None:
-    """The figure (plotly's own dict) as SVG text, or None when it was not made by `mi_utils.plots`."""
+    """The figure (plotly's own dict) as SVG text, or None: not made by `mi_utils.plots`, or changed since."""
     traces, layout = figure["data"], figure["layout"]
     ours = "mi_utils" in (layout.get("meta") or {})
     if not ours or not all(trace["type"] in ("heatmap", "bar", "scatter") for trace in traces):
         return None
-    return "\n".join(_Picture(traces, layout).parts())
+    if any(name[1:5] == "axis" and axis.get("type", "linear") != "linear" for name, axis in layout.items()):
+        return None
+    try:
+        return "\n".join(_Picture(traces, layout).parts())
+    except (KeyError, TypeError):  # something was added by hand
+        return None
 
 
 def nice_step(span: float, about: int = 6) -> float:
@@ -218,6 +224,8 @@ class _Picture:
 
     def _bar(self, trace: Mapping[str, Any]) -> Iterator[str]:
         for i, (value, at) in enumerate(zip(trace["x"], trace["y"], strict=True)):
+            if value is None:
+                continue
             left, right = sorted((self._place("x", 0), self._place("x", value)))
             top, bottom = sorted((self._place("y", at - 0.38), self._place("y", at + 0.38)))
             yield (
@@ -228,20 +236,29 @@ class _Picture:
 
     def _scatter(self, trace: Mapping[str, Any]) -> Iterator[str]:
         tone = trace["marker"]["color"]
-        places = [(self._place("x", x), self._place("y", y)) for x, y in zip(trace["x"], trace["y"], strict=True)]
+        places = [
+            None if x is None or y is None else (self._place("x", x), self._place("y", y))
+            for x, y in zip(trace["x"], trace["y"], strict=True)
+        ]
         if "lines" in trace["mode"]:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             line = trace.get("line", {})
             dashes = ' stroke-dasharray="4 3"' if line.get("dash") else ""
-            yield (
-                f'<polyline points="{path}" fill="none" stroke="{line.get("color", tone)}" '
-                f'stroke-width="{line.get("width", 2)}" stroke-opacity="{trace.get("opacity", 1)}"{dashes}/>'
-            )
+            for missing, run in groupby(places, key=lambda place: place is None):
+                if missing:  # the line has a gap
+                    continue
+                path = " ".join(f"{x:.1f},{y:.1f}" for x, y in run)
+                yield (
+                    f'<polyline points="{path}" fill="none" stroke="{line.get("color", tone)}" '
+                    f'stroke-width="{line.get("width", 2)}" stroke-opacity="{trace.get("opacity", 1)}"{dashes}/>'
+                )
         if "markers" not in trace["mode"]:
             return
         size = trace["marker"].get("size", 6) / 2
         opacity = trace["marker"].get("opacity", 1)
-        for i, (x, y) in enumerate(places):
+        for i, place in enumerate(places):
+            if place is None:
+                continue
+            x, y = place
             for name in ("error_x", "error_y"):
                 yield from self._error(trace, name, i, trace["x"][i], trace["y"][i])
             yield _marker(trace["marker"], x, y, size, tone, opacity)

@@ -143,7 +143,7 @@ def test_a_map_shows_what_is_significant_by_itself_and_what_is_left_after_correc
     assert len(diamonds) == 2 and diamonds[0].get("stroke") == "#ffffff", "seen on a dark cell, too"
     turned = plots.heatmap(effect, significance=tested.transpose("pos", "layer"))
     assert turned.data[2].x == corrected.x
-    with pytest.raises(ValueError, match="test the result that is shown"):
+    with pytest.raises(ValueError, match="other cells: 3 layer × 7 pos and 3 layer × 2 pos"):
         plots.heatmap(effect, significance=tested.isel(pos=slice(2)))
     with pytest.raises(ValueError, match="max_statistic"):
         plots.heatmap(effect, significance=stats.summarise(effect))
@@ -313,6 +313,41 @@ def test_a_subtitle_says_only_what_all_groups_share(effect):
 
 
 # ------------------------------------------------------------------------------------------------ attention
+
+
+def test_chosen_queries_keep_all_that_they_look_at(patterns):
+    places = {dim: np.arange(len(TOKENS)) for dim in ("query", "key")}
+    last = plots.attention(patterns.assign_coords(places).isel(query=[-1]), heads=[(0, 0)])
+    assert np.isfinite(np.array(last.data[0].z, dtype=float)).all()
+
+
+def test_cells_are_drawn_against_their_like(effect):
+    across = effect.isel(layer=[2, 1, 0])
+    points = plots.scatter(effect, across, x_label="x", y_label="y").data[-1]
+    assert points.x == points.y
+    with pytest.raises(ValueError, match="other cells: layer"):
+        plots.scatter(effect, effect.assign_coords(layer=[3, 4, 5]), x_label="x", y_label="y")
+
+
+def test_a_missing_value_leaves_a_gap_and_equal_names_stay_apart(effect):
+    holed = effect.mean("prompt").isel(pos=0, drop=True).copy()
+    holed[1] = np.nan
+    for draw in (plots.lines, plots.bars):
+        assert svg.draw(draw(holed).to_dict()) is not None
+    assert plots.lines(effect.where(effect.prompt != 0).isel(pos=0, drop=True)).data[0].y == (None, None, None)
+    named = effect.assign_coords(token=("pos", ["the"] * effect.sizes["pos"]))
+    assert len(plots.lines(named, x="layer").data) == effect.sizes["pos"]
+
+
+def test_a_figure_that_was_changed_by_hand_has_no_still_picture(effect):
+    for change in (
+        lambda figure: figure.update_yaxes(type="log"),
+        lambda figure: figure.add_hline(y=1),
+        lambda figure: figure.update_layout(title="mine"),
+    ):
+        figure = plots.lines(effect.mean("prompt").isel(pos=0, drop=True))
+        change(figure)
+        assert svg.draw(figure.to_dict()) is None
 
 
 def test_attention_has_a_facet_a_head_and_leaves_the_mask_blank(patterns):

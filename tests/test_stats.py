@@ -126,8 +126,10 @@ def test_summarise_refuses_what_it_cannot_average():
     result = patching_result(np.zeros((4, 2, 2)))
     with pytest.raises(ValueError, match="it has layer, pos"):
         stats.summarise(result.mean("prompt"))
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="at least 4"):
         stats.summarise(result[:1])
+    with pytest.raises(ValueError, match="at least 4"):
+        stats.bootstrap_interval([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="1 of 16 values are missing"):
         stats.summarise(result.where((result.prompt > 0) | (result.layer > 0) | (result.pos > 0)))
 
@@ -177,7 +179,7 @@ def test_bad_counts_and_confidence_are_refused():
         with pytest.raises(ValueError, match="no share"):
             stats.proportion_interval(k, n)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        stats.bootstrap_interval([1.0, 2.0], confidence=95)
+        stats.bootstrap_interval([1.0, 2.0, 3.0, 4.0], confidence=95)
 
 
 # ------------------------------------------------------------------------------------------------ many cells at once
@@ -338,6 +340,18 @@ def test_networks_of_other_seeds_are_compared_head_by_rank_not_by_number():
     by_rank = stats.agreement(seeds, cells="sorted")
     assert (by_rank["overlap"] > 0.999).all() and float(by_rank["difference"].max()) == 0
     assert float(stats.agreement(seeds)["difference"].max()) > 0.4
+
+
+def test_cells_are_compared_by_their_labels():
+    effect = patching_result(np.random.default_rng(15).normal(size=(10, 3, 4))).assign_coords(layer=[0, 1, 2])
+    turned = effect.isel(layer=[2, 1, 0])
+    assert float(stats.agreement({"a": effect, "b": turned})["difference"].max()) < 1e-12
+    other = effect.assign_coords(layer=[3, 4, 5])
+    with pytest.raises(ValueError, match="other cells: layer"):
+        stats.agreement({"a": effect, "b": other})
+    assert stats.agreement({"a": effect, "b": other}, cells="sorted") is not None
+    with pytest.raises(ValueError, match="missing"):
+        stats.agreement({"a": effect, "b": effect.where(effect.prompt != 3)})
 
 
 def test_agreement_averages_prompts_and_matches_dimensions():
