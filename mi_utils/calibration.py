@@ -309,19 +309,26 @@ def _kept(file: Path | None) -> Iterator[Outcome]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(header + "\n", encoding="utf-8")
         return
+    if not file.read_text(encoding="utf-8").endswith("\n"):  # cut off by a kill: the next line is one of its own
+        with file.open("a", encoding="utf-8") as open_file:
+            open_file.write("\n")
     for line in lines[1:]:
         try:
             yield Outcome(**json.loads(line))
-        except (json.JSONDecodeError, TypeError):  # cut off by a kill
+        except (json.JSONDecodeError, TypeError):
             continue
 
 
 def _code_hash() -> str:
     """Of the modules that decide an outcome."""
-    names = "models prompts results engine patching stats study case_study calibration smallworld/handset"
-    digest = hashlib.sha256()
-    for name in names.split():
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    names = (
+        "models prompts metrics results engine patching compute stats study case_study calibration smallworld/corpus "
+        "smallworld/lexicon smallworld/tokenizer smallworld/handset"
+    )
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    weights = sorted(here.glob("smallworld/assets/**/*.safetensors"))
+    for path in [*(here / f"{name}.py" for name in names.split()), *weights]:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

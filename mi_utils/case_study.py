@@ -92,20 +92,32 @@ def necessity(
 def over_seeds(
     cases: Sequence[tuple[Any, int]], check: bool = True, pairs: Pairs = ioi_pairs, find: Callable = discover
 ) -> Estimate:
-    """Discovery and necessity anew in each case, a network and a prompt seed; the case with the smallest value."""
+    """Discovery and necessity anew in each case, a network and a prompt seed; the case with the lowest interval."""
     estimates = [
         necessity(network, find(network, seed, check, pairs), seed + 1, check=check, pairs=pairs)
         for network, seed in cases
     ]
-    return min(estimates, key=lambda estimate: estimate.value)
+    return min(estimates, key=lambda estimate: estimate.low)
+
+
+def other_heads(network: Any, places: Sequence[Place]) -> list[Place]:
+    """All heads but ``places``.
+
+    Raises:
+        ValueError: fewer of them than of ``places``, so that no random set of as many can be drawn.
+    """
+    shape, found = models.info(network).shape, {(int(layer), int(head)) for layer, head in places}
+    rest = [(a, b) for a in range(shape.n_layers) for b in range(shape.n_heads) if (a, b) not in found]
+    if len(rest) < len(found):
+        raise ValueError(f"{len(rest)} heads beside the {len(found)} found: no random set of as many can be drawn.")
+    return rest
 
 
 def random_sets(
     network: Any, places: Sequence[Place], seed: int, check: bool = True, pairs: Pairs = ioi_pairs
 ) -> list[float]:
     """Mean necessity of each of 20 random sets of as many heads, none of them among ``places``."""
-    shape, generator = models.info(network).shape, np.random.default_rng(seed)
-    rest = [(a, b) for a in range(shape.n_layers) for b in range(shape.n_heads) if (a, b) not in places]
+    rest, generator = other_heads(network, places), np.random.default_rng(seed)
     prompts = pairs(network, n=N_PAIRS, seed=seed, split="train", check=check)
     draws = [generator.permutation(len(rest))[: len(places)] for _ in range(N_RANDOM_SETS)]
     sets = [[rest[i] for i in draw] for draw in draws]

@@ -92,7 +92,7 @@ class PromptPairs:
         self._logit_diffs: tuple[Tensor, Tensor] | None = None
 
         self.clean_tokens = models.to_tokens(model, self.clean)
-        self.corrupted_tokens: Int[Tensor, "prompt pos"] = models.to_tokens(model, self.corrupted)
+        self.corrupted_tokens = models.to_tokens(model, self.corrupted)
         _check_lengths(self)
         self.correct_ids: Int[Tensor, " prompt"] = self._answer_ids(self.correct)
         self.incorrect_ids: Int[Tensor, " prompt"] = self._answer_ids(self.incorrect)
@@ -110,6 +110,15 @@ class PromptPairs:
     def clean_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
         self._clean_tokens = tokens
 
+    @property
+    def corrupted_tokens(self) -> Int[Tensor, "prompt pos"]:
+        self._used()
+        return self._corrupted_tokens
+
+    @corrupted_tokens.setter
+    def corrupted_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+        self._corrupted_tokens = tokens
+
     def _used(self) -> None:
         """Tell those who watch that these prompts are used: whoever measures anything reads the tokens."""
         for watcher in _WATCHERS:
@@ -123,7 +132,7 @@ class PromptPairs:
         return len(self.clean)
 
     def __repr__(self) -> str:
-        length = self.clean_tokens.shape[1]
+        length = self._clean_tokens.shape[1]
         return f"PromptPairs({len(self)} pairs of {length} tokens for {self.model_name}, first: {self.clean[0]!r})"
 
     def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool]) -> PromptPairs:
@@ -135,11 +144,11 @@ class PromptPairs:
         chosen = np.atleast_1d(np.arange(len(self))[index.tolist() if isinstance(index, Tensor) else index])
         if not len(chosen):
             raise IndexError("No pairs left: the selection is empty.")
-        rows = torch.as_tensor(chosen, device=self.clean_tokens.device)
+        rows = torch.as_tensor(chosen, device=self._clean_tokens.device)
         part = copy.copy(self)
         for name in ("clean", "corrupted", "correct", "incorrect", "template"):
             setattr(part, name, tuple(map(getattr(self, name).__getitem__, chosen.tolist())))
-        for name in ("clean_tokens", "corrupted_tokens", "correct_ids", "incorrect_ids"):
+        for name in ("_clean_tokens", "_corrupted_tokens", "correct_ids", "incorrect_ids"):
             setattr(part, name, getattr(self, name)[rows])
         if self._logit_diffs is not None:
             part._logit_diffs = (self._logit_diffs[0][rows], self._logit_diffs[1][rows])
@@ -172,7 +181,7 @@ class PromptPairs:
         """The corrupted prompts as the clean ones and the other way round, with the answers exchanged too."""
         other = copy.copy(self)
         other.clean, other.corrupted = self.corrupted, self.clean
-        other.clean_tokens, other.corrupted_tokens = self.corrupted_tokens, self.clean_tokens
+        other._clean_tokens, other._corrupted_tokens = self._corrupted_tokens, self._clean_tokens
         other.correct, other.incorrect = self.incorrect, self.correct
         other.correct_ids, other.incorrect_ids = self.incorrect_ids, self.correct_ids
         if self._logit_diffs is not None:

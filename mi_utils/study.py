@@ -455,12 +455,12 @@ class Study:
         unknown = [record.prediction for record in held_out if not record.prompts]
         rows.append(
             ChecklistRow(
-                "No held-out prompt was among those explored",
+                "No held-out prompt had been explored before",
                 bool(held_out) and bool(self._explored) and not unknown,
                 "nothing measured" if not held_out
                 else "no explored prompts were named: study.explore(pairs)" if not self._explored
                 else "prompts not known (no PromptPairs were used): " + ", ".join(dict.fromkeys(unknown)) if unknown
-                else f"{sum(r.prompts for r in held_out)} held out, {len(self._explored)} explored, 0 in both",
+                else f"{sum(r.prompts for r in held_out)} held out, 0 of them explored before",
             )
         )  # fmt: skip
         bare = [record.prediction for record in self._evidence if record.low is None]
@@ -587,6 +587,8 @@ class Study:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise StudyError(f"{path} is no saved study and is not overwritten: choose another name.") from error
         mine = [record.seal for record in self._evidence]
+        if plan_hash == self._hash:  # what was looked at stays looked at, also where the plan was locked again
+            self._explored = list(dict.fromkeys([*raw.get("explored", ()), *self._explored]))
         if plan_hash is None or (plan_hash == self._hash and mine[: len(seals)] == seals):
             return
         number, aside = 1, path.with_name(f"{path.stem}-{plan_hash[:8]}{path.suffix}")

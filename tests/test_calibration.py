@@ -72,6 +72,8 @@ def test_a_calibration_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     file.write_text("\n".join([*lines[:4], lines[4][:20]]))  # killed while it wrote the fourth
     assert calibration.calibrate(short=True, folder=tmp_path, progress=False) == first
     assert len(ran) == worlds + worlds - 3
+    assert calibration.calibrate(short=True, folder=tmp_path, progress=False) == first
+    assert len(ran) == worlds + worlds - 3, "all are kept, also what was written behind half a line"
     monkeypatch.setattr(calibration, "_code_hash", lambda: "other code")
     calibration.calibrate(short=True, folder=tmp_path, progress=False)
     assert len(ran) == 3 * worlds - 3 and json.loads(file.read_text().splitlines()[0]) == {"calibration": "other code"}
@@ -111,9 +113,13 @@ def test_a_network_that_works_at_one_place_does_not_know_the_held_out_template()
         handset.induction_pairs(network, split="held_out_templates")
 
 
-def test_too_few_heads_for_random_sets_are_refused():
+def test_too_few_heads_for_random_sets_are_refused(model):
     from types import SimpleNamespace
 
+    found = [[layer, head] for layer in (0, 1) for head in range(4)]  # as JSON has them
+    assert len(case_study.other_heads(model, found)) == 8 and (1, 3) not in case_study.other_heads(model, found)
+    with pytest.raises(ValueError, match="7 heads beside the 9 found"):
+        case_study.other_heads(model, [*found, [2, 0]])
     assert case_study.n_found(SimpleNamespace(n_layers=12, n_heads=12)) == 15
     with pytest.raises(ValueError, match="5 heads"):
         case_study.n_found(SimpleNamespace(n_layers=1, n_heads=5))

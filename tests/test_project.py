@@ -96,7 +96,7 @@ def test_dependencies_go_by_model_size_and_are_the_tested_versions(baked):
     assert ("nnsight" in pinned, "transformer-lens" in pinned) == (large, not large)
     assert ("sae-lens" in pinned) == answers.get("train_sae", False)
     assert any(line.startswith("wandb") for line in lines) == (answers["tracking"] == "wandb")
-    (package,) = [line.removeprefix("-e ") for line in lines if line.startswith("-e ")]
+    (package,) = [line.removeprefix("-e ").strip('"') for line in lines if line.startswith("-e ")]
     assert (folder / package).resolve() == ROOT, "offline the package comes from this checkout"
 
 
@@ -271,7 +271,7 @@ def test_copier_makes_the_same_project_from_the_repository_itself(checkout, tmp_
     project.new_project(tmp_path / "by-us", answers)
     theirs, ours = contents(tmp_path / "by-copier"), contents(tmp_path / "by-us")
     assert f"_commit: {revision}" in theirs.pop(".copier-answers.yml").decode()
-    assert f"-e {folder}\n" in theirs.pop("requirements.txt").decode()
+    assert f'-e "{folder}"\n' in theirs.pop("requirements.txt").decode()
     assert theirs == {name: raw for name, raw in ours.items() if name in theirs} and len(ours) == len(theirs) + 2
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mi_utils import models
-from mi_utils.prompts import BEHAVIOURS, ModelDoesNotKnowTask, PromptPairs, behaviour_pairs, ioi_pairs
+from mi_utils.prompts import BEHAVIOURS, ModelDoesNotKnowTask, PromptPairs, behaviour_pairs, ioi_pairs, watch_prompts
 
 GOOD = {
     "clean": [
@@ -127,6 +127,14 @@ def test_a_part_is_pairs_again(pairs, index):
     assert part.clean == (GOOD["clean"][1],) and part.correct == (" Anna",) and part.template == ("b",)
     assert torch.equal(part.clean_tokens, pairs.clean_tokens[[1]]) and part.correct_ids == pairs.correct_ids[1]
     assert torch.equal(part.clean_logit_diff, whole[[1]]) and part.roles == pairs.roles
+
+
+def test_only_prompts_that_are_read_count_as_used(pairs):
+    with watch_prompts() as seen:
+        part = pairs[:1]
+        repr(pairs), pairs.swap()
+        assert not seen
+        assert len(part.corrupted_tokens) == 1 and seen == {pairs.clean[0], pairs.corrupted[0]}
 
 
 def test_nothing_left_is_an_error(pairs):

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from test_course import outside_requests
 
-from mi_utils import archive, plots, runlog, stats, study
+from mi_utils import archive, models, plots, runlog, stats, study
 from mi_utils.prompts import PromptPairs
 from mi_utils.study import KINDS, EvidenceRefused, PlanChanged, PlanLocked, Prediction, Study, StudyError
 
@@ -182,7 +182,7 @@ def made_up_pairs(model, beginnings=BEGINNINGS, **options):
 
 
 def mean_difference(pairs):
-    return stats.bootstrap_interval(pairs.clean_logit_diff.cpu().numpy() + np.array([0.0, 0.1]))
+    return stats.bootstrap_interval(np.tile(pairs.clean_logit_diff.cpu().numpy(), 2) + np.linspace(0, 0.1, 4))
 
 
 def test_held_out_prompts_that_were_explored_are_refused(tiny):
@@ -207,7 +207,7 @@ def test_held_out_prompts_that_were_explored_are_refused(tiny):
     # Other kinds may use them, and the record says so.
     assert made.add("p causal", mean_difference, first).explored == 2
     row = next(row for row in made.checklist() if "held-out" in row.item)
-    assert row.met and row.evidence == "2 held out, 2 explored, 0 in both"
+    assert row.met and row.evidence == "2 held out, 0 of them explored before"
 
 
 def test_explored_prompts_survive_the_file_and_cannot_be_taken_out_of_it(tmp_path, tiny):
@@ -224,6 +224,34 @@ def test_explored_prompts_survive_the_file_and_cannot_be_taken_out_of_it(tmp_pat
     path.write_text(json.dumps(raw))
     with pytest.raises(PlanChanged):
         Study.load(path)
+
+
+def test_locking_the_same_plan_again_does_not_forget_what_was_explored(tmp_path, tiny):
+    explored = made_up_pairs(tiny, BEGINNINGS[:2])
+    for look in (True, False):
+        made = plan()
+        made.lock()
+        if look:
+            made.explore(explored)
+        path = made.save(tmp_path / "study.json")
+    again = Study.load(path)
+    assert len(again.explored) == 2
+    with pytest.raises(EvidenceRefused, match="explored before"):
+        again.add("p held_out", mean_difference, explored)
+
+
+def test_the_corrupted_prompts_are_prompts_too(tiny):
+    made, pairs = plan(), made_up_pairs(tiny, BEGINNINGS[:2])
+    made.lock()
+    made.explore(pairs)
+    tokens = pairs.corrupted_tokens
+
+    def on_corrupted(pairs):
+        return stats.bootstrap_interval(models.run(tiny, pairs.corrupted_tokens)[:, -1, :4].flatten())
+
+    with pytest.raises(EvidenceRefused, match="explored before"):
+        made.add("p held_out", on_corrupted, pairs)
+    assert len(tokens) == 2
 
 
 def test_explored_prompts_are_texts():
@@ -313,7 +341,7 @@ def test_every_measurement_counts_not_the_best():
 def test_the_checklist_is_filled_in_from_evidence():
     met = {row.item: row.met for row in filled().checklist()}
     assert len(met) >= 10
-    assert [item for item, yes in met.items() if not yes] == ["No held-out prompt was among those explored"]
+    assert [item for item, yes in met.items() if not yes] == ["No held-out prompt had been explored before"]
     empty = plan()
     assert not any(row.met for row in empty.checklist())
     made = plan()
