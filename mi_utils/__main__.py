@@ -267,7 +267,8 @@ def _shape_of(model: str) -> Any:
 
     from mi_utils import compute, models
 
-    return compute.ModelShape.from_config(AutoConfig.from_pretrained(models.resolve(model)))
+    plain, _ = models.split_random(model, 0)
+    return compute.ModelShape.from_config(AutoConfig.from_pretrained(models.resolve(plain)))
 
 
 @app.command("new-project")

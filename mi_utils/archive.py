@@ -60,7 +60,8 @@ def pick(studies: Sequence[PastStudy], name: str) -> PastStudy:
     exact = [past for past in studies if past.name == name]
     fits = exact or [
         past for past in studies
-        if name in past.name or (past.study and (past.study.hash or "").startswith(name))
+        if name in past.name
+        or (past.study and (name in past.study.model or (past.study.hash or "").startswith(name)))
     ]  # fmt: skip
     if len(fits) != 1:
         listed = ", ".join(past.name for past in (fits or studies)) or "none"

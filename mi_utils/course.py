@@ -217,7 +217,9 @@ def check_parameters(given: dict[str, Any], notebooks: Sequence[Notebook]) -> No
             raise CourseError(f"Unknown parameter {name!r}. Parameters there are:\n{known}")
         for notebook in knowing:
             default = notebook.parameters[name]
-            if default is None or value is None or isinstance(value, type(default)):
+            if default is None or value is None:
+                continue
+            if isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool):
                 continue
             if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
                 continue
@@ -236,7 +238,7 @@ def check_model(name: str) -> Path | None:
     """
     from mi_utils import models
 
-    plain = name.split(":")[1] if name.startswith("random:") else name
+    plain, _ = models.split_random(name, 0)
     embedded = ", ".join(sorted(models.embedded_names())) or "none here yet, `make train` makes them"
     go_on = f"Embedded models need no network: {embedded}."
     try:
@@ -254,8 +256,10 @@ def _absolute(model: str) -> str:
     """A local folder's full path, because the kernel starts in another folder; other names unchanged."""
     from mi_utils import models
 
-    local = model not in models.embedded_names() and Path(model).is_dir()
-    return str(Path(model).resolve()) if local else model
+    plain, _ = models.split_random(model, 0)
+    if plain in models.embedded_names() or not Path(plain).is_dir() or Path(models.resolve(plain)) != Path(plain):
+        return model
+    return model.replace(plain, str(Path(plain).resolve()), 1)
 
 
 def _check_hub(name: str, repo_id: str, go_on: str) -> None:

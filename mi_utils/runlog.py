@@ -75,10 +75,10 @@ def read_runs(directory: str | Path = "build/runs") -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     runs = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # text may hold other ends of a line
         try:
             runs.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # half a line, or half a character
             continue
     return runs
 

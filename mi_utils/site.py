@@ -22,6 +22,8 @@ from pathlib import Path
 from mi_utils.course import list_notebooks
 from mi_utils.pages import frame, markdown_html, notebook_html, write_assets
 
+MARK = ".mi_utils-site"  # an empty file in a folder that holds a site and may be built again
+
 
 @dataclass(frozen=True)
 class Source:
@@ -65,9 +67,11 @@ def build_site(root: Path, target: Path) -> list[Path]:
     """
     if not (root / "README.md").is_file():
         raise ValueError(f"{root} has no README.md, which becomes the site's first page.")
-    if target.is_dir() and any(target.iterdir()) and not (target / "assets" / "pages.css").is_file():
+    if target.is_dir() and any(target.iterdir()) and not (target / MARK).is_file():
         raise ValueError(f"{target} is not empty and holds no site. Give another folder, or empty it yourself.")
     shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    (target / MARK).touch()
     write_assets(target)
     found = sources(root)
     pages = {source.path: source.page for source in found}

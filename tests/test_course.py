@@ -85,6 +85,17 @@ def test_a_parameter_of_the_wrong_type_is_refused(notebooks):
     write_notebook(notebooks, "03_implementation")
     with pytest.raises(course.CourseError, match="is int.*'nine' is str"):
         course.plan_course(["03"], folder=notebooks, parameters={"layer": "nine"})
+    with pytest.raises(course.CourseError, match="is int.*True is bool"):
+        course.plan_course(["03"], folder=notebooks, parameters={"layer": True})
+
+
+def test_a_local_model_is_named_in_full_also_with_random_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "gpt2-small").mkdir()  # a folder of that name is not meant
+    assert course._absolute("random:./mine:3") == f"random:{tmp_path / 'mine'}:3"
+    assert course._absolute("./mine") == str(tmp_path / "mine")
+    assert [course._absolute(name) for name in ("gpt2-small", "smallworld")] == ["gpt2-small", "smallworld"]
 
 
 def test_a_default_that_cannot_be_read_is_refused(notebooks):

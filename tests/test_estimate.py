@@ -219,8 +219,9 @@ def test_the_command_shows_every_task_and_what_fits(command, monkeypatch):
 def test_the_command_reads_embedded_models_and_folders(command, llama):
     status, output = command("smallworld", "--seq", "16")
     assert status == 0 and "1,017,984" in output
-    status, output = command(llama)
-    assert status == 0 and "4 layers" in output
+    for name in (llama, f"random:{llama}"):
+        status, output = command(name)
+        assert status == 0 and "4 layers" in output
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,12 @@ def test_numbers_of_other_libraries_and_estimates_become_plain(tmp_path):
 
     results = {
         "numpy": np.float32(0.5), "torch": torch.tensor(2), "nan": float("nan"), "path": tmp_path,
-        "estimate": stats.bootstrap_interval([1.0, 2.0, 3.0]),
+        "estimate": stats.bootstrap_interval([1.0, 2.0, 2.0, 3.0]),
     }  # fmt: skip
     path = runlog.log_run("run", {}, results, directory=tmp_path)
     (run,) = runlog.read_runs(tmp_path)
     assert run["results"]["numpy"] == 0.5 and run["results"]["torch"] == 2 and run["results"]["nan"] is None
-    assert run["results"]["estimate"]["value"] == 2.0 and run["results"]["estimate"]["n"] == 3
+    assert run["results"]["estimate"]["value"] == 2.0 and run["results"]["estimate"]["n"] == 4
     assert "NaN" not in path.read_text()
 
 
@@ -47,10 +47,11 @@ def test_what_is_no_result_is_refused_and_named(tmp_path):
     assert runlog.read_runs(tmp_path) == []
 
 
-def test_a_killed_write_costs_its_own_line_only(tmp_path):
-    path = runlog.log_run("before", {}, {}, directory=tmp_path)
-    with path.open("a") as file:
-        file.write('{"name": "kil')
+@pytest.mark.parametrize("half", ['{"name": "kil', '{"name": "\u00e9'])
+def test_a_killed_write_costs_its_own_line_only(tmp_path, half):
+    path = runlog.log_run("before", {}, {"text": "a\u2028b"}, directory=tmp_path)
+    with path.open("ab") as file:
+        file.write(half.encode()[:-1])
     runlog.log_run("after", {}, {}, directory=tmp_path)
     assert [run["name"] for run in runlog.read_runs(tmp_path)] == ["before", "after"]
 

@@ -117,6 +117,14 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_the_pages_of_a_course_run_are_no_site(tmp_path):
+    site.write_assets(tmp_path)  # as beside the log of runs
+    (tmp_path / "runs.jsonl").write_text("a week")
+    with pytest.raises(ValueError, match="holds no site"):
+        site.build_site(ROOT, tmp_path)
+    assert (tmp_path / "runs.jsonl").exists()
+
+
 def test_building_again_removes_pages_that_are_no_more(tmp_path):
     root = tmp_path / "project"
     (root / "notebooks").mkdir(parents=True)
