@@ -614,7 +614,8 @@ def read(nn: Any, modules: dict, site: str, layer: int) -> Tensor:
     path, end = place(modules, site, layer)
     envoy = nn.get(path)
     value = envoy.input if end == "input" else envoy.output
-    return value[0] if isinstance(value, tuple) else value
+    # A copy: Falcon adds the attention's output to the MLP's in place.
+    return (value[0] if isinstance(value, tuple) else value).clone()
 
 
 def write(nn: Any, modules: dict, site: str, layer: int, new: Tensor) -> None:
@@ -631,7 +632,7 @@ def write(nn: Any, modules: dict, site: str, layer: int, new: Tensor) -> None:
 def unembed(nn: Any, modules: dict, stream: Tensor) -> Tensor:
     """Logits, if this were the stream after the last block."""
     norm, head = nn.get(modules["norm"]), nn.get(modules["unembed"])
-    logits = head(norm(stream.to(norm.weight.device)))
+    logits = head(norm(stream.to(getattr(norm, "weight", head.weight).device)))  # OLMo's norm has no weight
     cap = modules["softcap"]
     return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -695,7 +696,8 @@ def frozen_norm(nn: Any, modules: dict, stream: Tensor) -> tuple[Tensor, Tensor,
     """Of norm(x) = weight · (x - mean x, if centred) / scale + bias at this stream: weight / scale [prompt, d_model],
     bias, and whether it is centred. Which of the kinds of normalisation it is, is found by trying."""
     norm = nn.get(modules["norm"])
-    weight = norm.weight
+    weight = getattr(norm, "weight", None)
+    weight = torch.ones_like(stream[0]) if weight is None else weight  # OLMo's has none
     if weight.device.type == "meta":
         raise RuntimeError("The last normalisation's weights are offloaded: keep it on a device in device_map.")
     x = stream.to(weight.device)
@@ -792,8 +794,8 @@ def logit_lens(model: LargeModel, pairs: Pairs, *, on: str = "clean", batch_size
                             values.append(lens_values(lens, final, wanted).cpu())
                         last = lens[:, -1].log_softmax(-1) - final[:, -1].to(lens.device)
                         kept.append((torch.stack(values, dim=2), float(last.abs().max())))
-    apart = max(each for _, each in kept)
-    if apart > (1e-3 if model.mi.dtype == "float32" else 0.2):
+    apart = float(np.max([each for _, each in kept]))
+    if not apart <= (1e-3 if model.mi.dtype == "float32" else 0.2):  # so put, NaN does not pass
         raise RuntimeError(
             f"The last layer of the lens is {apart:.2g} nats away from the model's own output. {model.mi.name} does "
             "something after its last block that the lens leaves out."
@@ -1014,8 +1016,8 @@ def direct_logit_attribution(
     labels = _component_labels(model, by)
     values = np.stack([numpy(torch.cat([parts[name] for parts, _ in kept])) for name, _, _ in labels], axis=1)
     total = numpy(torch.cat([each for _, each in kept]))
-    apart, largest = np.abs(values.sum(1) - total).max(), max(1.0, float(np.abs(values).max()))
-    if apart > (1e-3 if model.mi.dtype == "float32" else 0.05) * largest:
+    apart, largest = np.abs(values.sum(1) - total).max(), np.maximum(1.0, np.abs(values).max())
+    if not apart <= (1e-3 if model.mi.dtype == "float32" else 0.05) * largest:  # so put, NaN does not pass
         raise RuntimeError(
             f"The parts sum to something {apart:.2g} away from the logit difference of {model.mi.name}: its logits are "
             "not a linear function of the stream once the last normalisation is frozen (a soft cap, say)."

@@ -806,12 +806,28 @@ def attention_norm(model: Any, layer: int) -> Norm:
 def _norm(model: Any, norm: Any) -> Norm:
     import torch
 
-    weight = norm.weight.detach()
+    weight = getattr(norm.original_component, "weight", None)
+    # OLMo's has none. Else the bridge's own: it stays 1 where the weight was folded.
+    weight = (
+        torch.ones(info(model).shape.d_model, device=info(model).device) if weight is None else norm.weight.detach()
+    )
     if getattr(model.cfg, "rmsnorm_uses_offset", False):  # Gemma stores the weight as its difference from 1
         weight = 1 + weight
     bias = getattr(norm.original_component, "bias", None)
     bias = torch.zeros_like(weight) if bias is None else bias.detach()
     return Norm(weight, bias, float(model.cfg.eps), not norm.uses_rms_norm)
+
+
+def attention_scale(model: Any, layer: int) -> float:
+    """What a layer's heads multiply query · key by: 1 / √d_head, as a rule.
+
+    GPT-Neo takes the product as it is, and a GPT-2 may divide by the layer's number as well.
+    """
+    attention = model.blocks[layer].attn.original_component
+    if type(attention).__name__ == "GPTNeoSelfAttention":
+        return 1.0
+    scaling = getattr(attention, "scaling", None)
+    return float(info(model).shape.d_head ** -0.5 if scaling is None else scaling)
 
 
 def unembed(
@@ -848,21 +864,35 @@ def position_embedding(model: Any, tokens: Int[Tensor, "prompt pos"]) -> Float[T
 
 
 def W_E(model: Any) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
-    """Embedding, a row a token."""
-    info(model)
-    return model.embed.W_E.detach()
+    """Embedding, a row a token, as it enters the stream (Gemma's times √d_model)."""
+    import torch
+
+    rows = model.embed.W_E.detach()
+    ids = torch.arange(len(rows), device=info(model).device)[None]
+    with torch.no_grad():
+        as_stored = torch.equal(model.embed(ids[:, :8])[0], rows[:8])
+        return rows if as_stored else model.embed(ids)[0]
 
 
 def W_pos(model: Any) -> Float[Tensor, "n_ctx d_model"] | None:  # noqa: N802
     """Position embedding, a row a position; None where positions are not added to the stream (rotary models)."""
-    info(model)
-    return model.pos_embed.W_pos.detach() if model.cfg.positional_embedding_type == "standard" else None
+    n_ctx = info(model).shape.n_ctx
+    if model.cfg.positional_embedding_type != "standard":
+        return None
+    return model.pos_embed.W_pos.detach()[-n_ctx:]  # OPT begins with two rows for no position
 
 
 def mlp(model: Any, layer: int, stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """What a layer's MLP would write if this were the stream that it reads."""
-    info(model)
+    """What a layer's MLP would write if this were the stream that it reads.
+
+    Raises:
+        NotImplementedError: a model that normalises again what its MLP gives (Gemma 2 and 3, OLMo 2).
+    """
     block = model.blocks[layer]
+    if hasattr(block.original_component, "post_feedforward_layernorm"):
+        raise NotImplementedError(
+            f"{info(model).name} normalises what its MLP gives: use the activation mlp_out of a run instead."
+        )
     return block.mlp(block.ln2(stream))
 
 

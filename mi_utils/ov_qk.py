@@ -87,7 +87,7 @@ def qk_factors(
             "learned position embeddings. The OV circuit is not affected."
         )
     q, k = read_weights(model, layer, "q")[0], read_weights(model, layer, "k")[0]
-    return q / q.shape[-1] ** 0.5, k
+    return q * models.attention_scale(model, layer), k
 
 
 def token_vectors(model: Any, tokens: Ids | None = None, embedding: str = "direct") -> Float[Tensor, "token d_model"]:
@@ -316,7 +316,7 @@ def position_pattern(model: Any, layer: int, n: int | None = None) -> xr.DataArr
     stream = stream / (stream.pow(2).mean(-1, keepdim=True) + spread + norm.epsilon).sqrt()
     (w_q, b_q), (w_k, b_k) = (read_weights(model, layer, which) for which in ("q", "k"))
     queries, keys = stream @ w_q + b_q[:, None], stream @ w_k + b_k[:, None]
-    scores = queries @ keys.transpose(1, 2) / info.shape.d_head**0.5
+    scores = queries @ keys.transpose(1, 2) * models.attention_scale(model, layer)
     hidden = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu(1)
     pattern = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     coords = {"layer": [layer], "head": np.arange(info.shape.n_heads), "query": np.arange(n), "key": np.arange(n)}
@@ -349,18 +349,20 @@ def matching_scores(
     """
     shape = models.info(model).shape
     seen = token_vectors(model, tokens, embedding)
-    gram = seen.T @ seen
+    gram, first = seen.T @ seen, token_vectors(model, tokens)  # the first layer reads before any MLP wrote
     if through is not None:
         check_index("layer", through[0], shape.n_layers)
         check_index("head", through[1], shape.n_heads)
         w_v, w_o = (factor[through[1]] for factor in ov_factors(model, through[0]))
-        read = token_vectors(model, tokens) if through[0] == 0 else seen  # the first layer reads before any MLP wrote
+        read = first if through[0] == 0 else seen
         gram = w_o.T @ (w_v.T @ (read.T @ seen))  # [d_model, d_model]: (W_E W_V W_O)ᵀ W_E
     scores = []
     for layer in range(shape.n_layers):
         q, k = qk_factors(model, layer)
-        absent = through is not None and layer <= through[0]
-        scores.append(np.full(shape.n_heads, np.nan) if absent else _positivity(k.transpose(1, 2), gram, q))
+        if through is not None and layer <= through[0]:
+            scores.append(np.full(shape.n_heads, np.nan))
+        else:
+            scores.append(_positivity(k.transpose(1, 2), first.T @ first if layer == 0 else gram, q))
     return _per_head(
         model, scores, "matching", embedding=embedding,
         through="none" if through is None else "L{}H{}".format(*through),
@@ -444,7 +446,7 @@ def score_parts(
         weight, bias = (parameter[head] for parameter in read_weights(model, layer, which))
         parts = [written @ weight for written in writers.values()]
         sides.append(torch.stack([*parts, bias.expand_as(parts[0])], 1))
-    scores = torch.einsum("pqid,pkjd->pqkij", *sides) / info.shape.d_head**0.5
+    scores = torch.einsum("pqid,pkjd->pqkij", *sides) * models.attention_scale(model, layer)
     names = [*writers, "bias"]
     positions = np.arange(tokens.shape[1])
     coords = {

@@ -35,9 +35,14 @@ def check_gap(clean: np.ndarray, corrupted: np.ndarray, metric: str) -> np.ndarr
     """Clean minus corrupted.
 
     Raises:
-        ValueError: it is zero on a prompt, where no effect can be put on the scale.
+        ValueError: it is zero on a prompt, where no effect can be put on the scale, or no number.
     """
     gap = clean - corrupted
+    if len(bad := np.flatnonzero(~np.isfinite(gap))):
+        raise ValueError(
+            f"{metric} is not a number for prompts {bad.tolist()}: an activation or a logit of the model overflows "
+            "there. Try dtype='bfloat16' or 'float32'."
+        )
     if len(flat := np.flatnonzero(gap == 0)):
         raise ValueError(
             f"{metric} is the same on the clean and the corrupted prompt for prompts {flat.tolist()}: "

@@ -188,7 +188,7 @@ def small(kind, **more):
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 KINDS = {
     "GPTNeoX": {}, "Llama": GROUPED, "Mistral": GROUPED, "Gemma": GROUPED, "Gemma2": GROUPED, "Gemma3Text": GROUPED,
-    "Qwen2": {"num_key_value_heads": 2}, "Qwen3": GROUPED, "Phi": {},
+    "Qwen2": {"num_key_value_heads": 2}, "Qwen3": GROUPED, "Phi": {}, "Olmo": {}, "Falcon": {"alibi": False},
 }  # fmt: skip
 
 

@@ -223,6 +223,39 @@ def test_matching_scores_are_those_of_the_dense_matrix(model):
     assert np.isnan(through[0]).all()
 
 
+def test_the_first_layer_reads_tokens_alone(model):
+    direct, effective = (ov_qk.matching_scores(model, embedding=which) for which in ("direct", "effective"))
+    np.testing.assert_allclose(effective[0], direct[0], atol=1e-5)
+    assert np.abs(effective[1:] - direct[1:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["GPTNeo", "GPT2"])
+def test_scores_have_the_scale_of_the_model(kind, tmp_path):
+    """GPT-Neo does not divide by √d_head; a GPT-2 may divide by the layer's number, too."""
+    import transformers
+    from conftest import byte_level_tokenizer
+
+    tokenizer = byte_level_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "initializer_range": 0.3}
+    more = {
+        "GPTNeo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]],
+                   "max_position_embeddings": 64},
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "scale_attn_by_inverse_layer_idx": True},
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokens = load_model(str(tmp_path)), torch.tensor([[tokenizer.bos_token_id, 5, 9, 33, 7]])
+    for layer in (0, 1):
+        total = ov_qk.score_parts(model, tokens, layer, 1).sum(["query_part", "key_part"]).values
+        hidden = np.triu(np.ones(total.shape[1:]), 1) > 0
+        found = torch.from_numpy(np.where(hidden, -np.inf, total)).softmax(-1)
+        seen = models.cache(model, tokens, ["pattern"], layers=[layer])["pattern", layer][:, 1]
+        np.testing.assert_allclose(found, seen, atol=1e-5)
+
+
 def test_the_pattern_of_positions_is_exact_where_all_tokens_are_alike(directory):
     """A vocabulary of one embedding: the average token is every token, and the first layer sees nothing else."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
