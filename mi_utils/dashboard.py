@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mi_utils import features
+from mi_utils import features, models
 from mi_utils.features import Dictionary, Example
 from mi_utils.svg import FONT, INK, WIDTH
 
@@ -70,6 +70,8 @@ def feature_dashboard(
             f"The search is of {search.sizes['feature']} features at {search.attrs['site']} of layer "
             f"{search.attrs['layer']}; this dictionary has {sae.n_features} at {sae.site} of layer {sae.layer}."
         )
+    if search.attrs["model"] != models.info(model).name:
+        raise ValueError(f"The search is of {search.attrs['model']}, this model is {models.info(model).name}.")
     groups = [
         ("Strongest", features.examples(search, model, feature, n)),
         ("Spread over quantiles", features.examples(search, model, feature, n, which="quantiles")),

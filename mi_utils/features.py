@@ -35,7 +35,7 @@ TIES = "of equal activations the earlier token"
 OCTAVES, PARTS = (-10, 10), 4  # the histogram: powers of two from 2**-10 to 2**10, each cut into four equal parts
 N_BINS = (OCTAVES[1] - OCTAVES[0]) * PARTS + 2  # and one below, one above
 SAVE_EVERY = 30.0  # seconds
-FORMAT = 2  # of the file in which a search is kept
+FORMAT = 3  # of the file in which a search is kept
 
 
 class Dictionary(Protocol):
@@ -76,9 +76,18 @@ def check_dictionary(model: Any, sae: Dictionary) -> None:
 def feature_activations(
     model: Any, sae: Dictionary, tokens: Int[Tensor, "row pos"]
 ) -> Float[Tensor, "row pos feature"]:
-    """Activation of every feature at every position. BOS is in there; it is not like other tokens."""
+    """Activation of every feature at every position. BOS is in there; it is not like other tokens.
+
+    Raises:
+        ValueError: the model's own activations are no numbers.
+    """
     with torch.no_grad():
         kept = models.cache(model, tokens, [sae.site], layers=[sae.layer])[sae.site, sae.layer]
+        if not torch.isfinite(kept.sum(dtype=torch.float32)):
+            raise ValueError(
+                f"{sae.site} of layer {sae.layer} holds values that are no numbers on these tokens: it overflows in "
+                f"{models.info(model).dtype}. Try another dtype."
+            )
         return sae.encode(kept.flatten(2))  # heads side by side
 
 
@@ -162,7 +171,7 @@ def feature_search(
             if n_tokens is not None and search.counted >= n_tokens:
                 break
             activations = feature_activations(model, sae, tokens)
-            if not search.batches and not torch.isfinite(activations).all():
+            if number == skip and not torch.isfinite(activations).all():
                 raise ValueError("The dictionary gives activations that are no numbers: its weights are damaged.")
             search.add(tokens, activations, _counts(tokens, excluded))
             del activations  # before the next ones are made
@@ -436,7 +445,10 @@ class _Search:
             self.sample.k, self.offsets.tolist(),
         )  # fmt: skip
         digest = hashlib.sha256(repr(about).encode())
-        for weights in (models.W_U(model), self.sae.directions.detach()):
+        inner, passport = getattr(self.sae, "inner", None), getattr(self.sae, "passport", None)
+        digest.update(repr(getattr(passport, "activation", "")).encode())
+        own = inner.state_dict().values() if isinstance(inner, torch.nn.Module) else [self.sae.directions.detach()]
+        for weights in (models.W_U(model), *own):
             digest.update(weights.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 

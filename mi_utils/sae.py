@@ -19,6 +19,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -257,9 +258,8 @@ class SparseAutoencoder:
         (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
         self.passport = replace(self.passport, weights=_file_hash(folder / WEIGHTS))
         (folder / PASSPORT).write_text(json.dumps(asdict(self.passport), indent=1) + "\n", encoding="utf-8")
-        for file in folder.iterdir():
-            if file.is_file():
-                file.chmod(0o644)
+        for name in (WEIGHTS, CONFIG, PASSPORT):
+            (folder / name).chmod(0o644)
         return folder
 
 
@@ -628,7 +628,11 @@ def train_sae(
         "learning_rate": learning_rate, "batch_size": batch_size, "buffer_tokens": buffer_tokens, "passes": passes,
         "widths": list(widths) if widths else None,
     }  # fmt: skip
-    place = {"model": _model_name(info), "site": site, "layer": layer, "corpus": source.name}
+    place = {
+        "model": _model_name(info), "processing": info.processing, "dtype": info.dtype,
+        "weights' seed": info.seed if info.random_weights else None, "site": site, "layer": layer,
+        "corpus": source.name, "first rows": hashlib.sha256(repr(kept_out).encode()).hexdigest()[:16],
+    }  # fmt: skip
     watch = _Watch(model, kept_out, site, layer)
     inner, history, training = _fit(
         buffer, buffer.fill(), settings, place=place, device=info.device, folder=folder, progress=progress,
@@ -722,9 +726,15 @@ def _training_sae(settings: dict[str, Any], d_in: int, device: str, metadata: di
         n = settings["n_features"]
         own["matryoshka_widths"] = settings["widths"] or [n // 8, n // 4, n // 2, n]
     if kind == "standard":
-        own |= {"l1_coefficient": settings["sparsity"] or 5.0, "l1_warm_up_steps": steps // 20}
+        own |= {
+            "l1_coefficient": 5.0 if settings["sparsity"] is None else settings["sparsity"],
+            "l1_warm_up_steps": steps // 20,
+        }
     if kind == "jumprelu":
-        own |= {"l0_coefficient": settings["sparsity"] or 1.0, "l0_warm_up_steps": steps // 4}
+        own |= {
+            "l0_coefficient": 1.0 if settings["sparsity"] is None else settings["sparsity"],
+            "l0_warm_up_steps": steps // 4,
+        }
     config = config_class(
         d_in=d_in, d_sae=settings["n_features"], device=device, normalize_activations="expected_average_only_in", **own
     )
@@ -1075,7 +1085,8 @@ def evaluate_sae(model: Any, sae: SparseAutoencoder, rows: Sequence[Sequence[int
     rows = [[int(token) for token in row] for row in rows]
     bos, info = models.bos(model), models.info(model)
     n_tokens = [sum(token != bos for token in row) for row in rows]
-    if not rows or min(n_tokens) < 2 or any(row[0] != bos for row in rows):
+    predicted = torch.tensor([sum(a != bos and b != bos for a, b in pairwise(row)) for row in rows])
+    if not rows or min(predicted) < 1 or any(row[0] != bos for row in rows):
         raise ValueError("Every row must be BOS and at least two more tokens: one to predict at and one to predict.")
     per_prompt_l0 = torch.zeros(len(rows), dtype=torch.float64)
     count, active = 0, torch.zeros(sae.n_features, dtype=torch.float64)
@@ -1104,7 +1115,6 @@ def evaluate_sae(model: Any, sae: SparseAutoencoder, rows: Sequence[Sequence[int
     variance = sums["square"] - count * float(mean.square().sum())
     mean = mean.to(sae.directions.dtype)
     replacements = {"_sae": lambda x: sae.decode(sae.encode(x)), "_mean": lambda x: mean.expand_as(x)}
-    predicted = torch.tensor([n - 1 for n in n_tokens])
     nats = dict(zip(("", "_zero"), _clean_and_ablated(model, rows, sae.site, sae.layer), strict=True))
     nats |= {name: _cross_entropy(model, rows, sae.site, sae.layer, how) for name, how in replacements.items()}
 

@@ -33,15 +33,14 @@ def token_rows(
             documents of the corpus it was trained on, and any other model its own samples.
 
     Raises:
-        ValueError: too little text for two rows, or a tokenizer without BOS.
+        ValueError: too little text for two rows, a BOS written in a text, or a tokenizer without BOS.
     """
     info = models.info(model)
-    bos = models.bos(model)
     if texts is None:
         embedded = Path(info.path) in models.EMBEDDED.values()
         source = _corpus_rows(model, seed) if embedded else _sampled_rows(model, seed)
     else:
-        source = ((bos, *model.tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+        source = (_row(model, text) for text in texts)
     kept: dict[tuple[int, ...], None] = {}
     total = 0
     for row in source:
@@ -61,9 +60,16 @@ def token_rows(
 def _corpus_rows(model: Any, seed: int) -> Iterator[tuple[int, ...]]:
     from mi_utils.smallworld.corpus import documents
 
-    bos = models.bos(model)
     for document in documents(SAMPLE_SEED + seed):
-        yield (bos, *model.tokenizer.encode(document.text, add_special_tokens=False))
+        yield _row(model, document.text)
+
+
+def _row(model: Any, text: str) -> tuple[int, ...]:
+    """BOS and the text's tokens."""
+    bos, ids = models.bos(model), model.tokenizer.encode(text, add_special_tokens=False)
+    if bos in ids:
+        raise ValueError(f"BOS would stand twice in {text[:40]!r}: it is put in front. Take it out of the text.")
+    return bos, *ids
 
 
 def _sampled_rows(model: Any, seed: int, length: int = 48, batch: int = 32) -> Iterator[tuple[int, ...]]:
@@ -106,6 +112,9 @@ class TokenSource:
             self.name = f"dataset {getattr(about, 'dataset_name', None) or 'given as an object'}"
             self._items = self._dataset
         else:
+            tokens = list(tokens)
+            if any(isinstance(row, str) for row in tokens):
+                raise ValueError("Texts are no rows of tokens: give datasets.Dataset.from_dict({'text': texts}).")
             rows = [[int(token) for token in row] for row in tokens]
             self.name, self._items = f"{len(rows)} given rows", lambda start: islice(rows, start, None)
 
@@ -247,12 +256,12 @@ class ActivationBuffer:
     def fill(self) -> Float[Tensor, "token d_model"]:
         """The buffer that the next batch comes from, in the order of the rows."""
         if self.values is None:
-            rows, total, end = [], 0, self.item
+            rows, total, end, bos = [], 0, self.item, models.bos(self.model)
             for number, row in self.source.rows(self.item):
                 if total >= self.buffer_tokens and number >= end:
                     break
                 rows.append(row)
-                total, end = total + len(row) - 1, number + 1
+                total, end = total + sum(token != bos for token in row), number + 1
             if total < self.batch_size and self.item > self.first_item:  # the source is at its end
                 self.item, self.epoch = self.first_item, self.epoch + 1
                 return self.fill()

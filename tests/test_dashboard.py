@@ -87,9 +87,11 @@ def test_examples_are_cut_around_their_token():
     assert _cut(example, 100).words == example.words
 
 
-def test_a_search_of_another_dictionary_is_refused(tiny, search):
+def test_a_search_of_another_dictionary_is_refused(tiny, sae, search):
     with pytest.raises(ValueError, match="this dictionary has 13"):
         feature_dashboard(search, tiny, Rectified(torch.ones(13, 32)), 3)
+    with pytest.raises(ValueError, match="The search is of another"):
+        feature_dashboard(search.assign_attrs(model="another"), tiny, sae, 3)
 
 
 def test_a_knob_turns_through_dashboards(tiny, sae, search):

@@ -6,6 +6,7 @@ import handset
 import numpy as np
 import pytest
 import test_probing
+import test_sae
 import torch
 
 from mi_utils import features, models
@@ -207,6 +208,12 @@ def test_a_kept_search_is_not_mixed_with_another(tiny, dictionary, tmp_path):
     with pytest.raises(ValueError, match="another search"):
         other = Rectified(drawn(48, 32, seed=1), 0.25)
         feature_search(tiny, other, stream(tiny, 3), top=4, save=path, progress=False)
+    trained = test_sae.by_hand(drawn(8, 32), torch.zeros(32), tiny)
+    kept = tmp_path / "trained.npz"
+    feature_search(tiny, trained, stream(tiny, 3), save=kept, progress=False)
+    with pytest.raises(ValueError, match="another search"), torch.no_grad():
+        trained.inner.b_enc += 1  # the same directions, and other thresholds
+        feature_search(tiny, trained, stream(tiny, 3), save=kept, progress=False)
     with pytest.raises(ValueError, match="longer stream"):
         feature_search(tiny, dictionary, stream(tiny, 2), top=4, save=path, progress=False)
     with pytest.raises(ValueError, match="more than n_tokens"):
@@ -229,7 +236,7 @@ def test_memory_does_not_grow_with_the_stream(tiny, dictionary):
     assert peak(24) < 1.2 * peak(4)
 
 
-def test_wrong_input_is_refused(tiny, dictionary):
+def test_wrong_input_is_refused(tiny, dictionary, monkeypatch):
     batches = stream(tiny, 1)
     for other, words in (
         (Rectified(drawn(8, 16)), "16 wide"),
@@ -241,6 +248,21 @@ def test_wrong_input_is_refused(tiny, dictionary):
             feature_search(tiny, other, batches, progress=False)
     with pytest.raises(ValueError, match="at least one example"):
         feature_search(tiny, dictionary, batches, top=0)
+    seen, cache = [], models.cache
+
+    def overflowing(*arguments, **options):
+        kept = cache(*arguments, **options)
+        seen.append(kept)
+        return (
+            kept
+            if len(seen) < 2
+            else {key: value.index_fill(1, torch.tensor([2]), torch.inf) for key, value in kept.items()}
+        )
+
+    monkeypatch.setattr(models, "cache", overflowing)
+    with pytest.raises(ValueError, match="overflows"):
+        feature_search(tiny, dictionary, stream(tiny, 3), progress=False)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"\[row, pos\]"):
         feature_search(tiny, dictionary, batches[0], progress=False)
     with pytest.raises(ValueError, match="does not begin with BOS"):

@@ -208,6 +208,39 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(architecture, tiny,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_goes_on_with_the_same_text_and_weights_only(tiny, tiny_dir, rows, tmp_path, monkeypatch):
+    settings = QUICK | {"n_tokens": 3000, "monitor_every": 10, "checkpoint_every": 10, "folder": tmp_path}
+    monitor, calls = saes._monitor, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return monitor(*arguments)
+
+    monkeypatch.setattr(saes, "_monitor", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saes.train_sae(tiny, tokens=rows, **settings)
+    monkeypatch.setattr(saes, "_monitor", monitor)
+    with pytest.raises(ValueError, match="first rows"):
+        saes.train_sae(tiny, tokens=rows[::-1], **settings)
+    with pytest.raises(ValueError, match="processing"):
+        saes.train_sae(models.load_model(str(tiny_dir), processing="raw"), tokens=rows, **settings)
+
+
+def test_no_penalty_is_no_penalty(tiny, rows):
+    settings = QUICK | {"architecture": "standard", "n_tokens": 3000, "tokens": rows}
+    first, second = (saes.train_sae(tiny, **settings, sparsity=sparsity) for sparsity in (0.0, 1e-9))
+    torch.testing.assert_close(first.directions, second.directions, atol=1e-4, rtol=1e-3)
+
+
+def test_saving_leaves_other_files_alone(trained, tmp_path):
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    trained.save(tmp_path)
+    assert secret.stat().st_mode & 0o777 == 0o600
+
+
 def test_training_says_nothing_to_wandb(tiny, rows, monkeypatch):
     import wandb
 
@@ -292,6 +325,17 @@ def test_cross_entropies_are_those_of_a_plain_run(tiny, rows):
             losses = torch.nn.functional.cross_entropy(logits[0, 1:-1], tokens[0, 2:])
             value = float(found[f"cross_entropy{name}"][number])
             assert value == pytest.approx(float(losses), rel=1e-4), name
+
+
+def test_documents_packed_in_a_row_give_the_loss_of_each_alone(tiny, trained):
+    bos = tiny.tokenizer.bos_token_id
+    packed = [bos, 5, 6, 7, bos, 9, 10, 11]
+    tokens = torch.tensor([packed])
+    losses = torch.nn.functional.cross_entropy(models.run(tiny, tokens)[0, :-1], tokens[0, 1:], reduction="none")
+    expected = float(losses[[1, 2, 5, 6]].mean())
+    assert float(saes.evaluate_sae(tiny, trained, [packed])["cross_entropy"][0]) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="at least two more tokens"):
+        saes.evaluate_sae(tiny, trained, [[bos, 5] * 4])
 
 
 def test_evaluation_refuses_what_it_cannot_measure(tiny, trained):

@@ -51,6 +51,20 @@ def test_rows_of_given_texts(raw):
         token_rows(raw, texts=[" ba", " ba"])
 
 
+def test_texts_that_cannot_be_rows_are_refused(tiny, raw):
+    with pytest.raises(ValueError, match="BOS would stand twice"):
+        token_rows(raw, texts=[raw.tokenizer.bos_token + " ba", " be"])
+    with pytest.raises(ValueError, match="from_dict"):
+        TokenSource(tiny, ["The cat sat."])
+
+
+def test_padding_with_bos_counts_for_nothing(tiny):
+    bos = tiny.tokenizer.bos_token_id
+    source = TokenSource(tiny, [[bos, 5, 6, 7, *[bos] * 20]] * 40)
+    with pytest.raises(ValueError, match="holds 120 tokens"):
+        ActivationBuffer(tiny, source, SITE, LAYER, batch_size=256, buffer_tokens=256, seed=0).fill()
+
+
 def test_an_embedded_model_gets_its_own_corpus(directory, monkeypatch):
     from mi_utils.smallworld.corpus import documents
 
