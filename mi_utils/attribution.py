@@ -92,7 +92,10 @@ def direct_logit_attribution(
         "layer": ("component", [layer for _, _, layer in labels]),
     }
     if by == "position":
-        coords |= {"pos": np.arange(tokens.shape[1]), "token": ("pos", list(pairs.position_labels))}
+        coords |= {
+            "pos": np.arange(tokens.shape[1]),
+            "token": ("pos", list((pairs if on == "clean" else pairs.swap()).position_labels)),
+        }
     return xr.DataArray(
         values,
         dims=("prompt", "component", "pos")[: values.ndim],
@@ -216,7 +219,7 @@ def _check_sum(model: Any, found: np.ndarray, total: np.ndarray, parts: dict[Par
     single = next(model.parameters()).dtype == torch.float32
     largest = max(float(np.abs(values).max()) for values in parts.values())
     apart = np.abs(found - total).max()
-    if apart > (1e-3 if single else 0.05) * max(1.0, largest):
+    if not apart <= (1e-3 if single else 0.05) * np.maximum(1.0, largest):  # so put, NaN does not pass
         raise RuntimeError(
             f"The parts sum to something {apart:.2g} away from the logit difference of {models.info(model).name}: its "
             "logits are not a linear function of the residual stream once the last LayerNorm is frozen (a soft cap, "

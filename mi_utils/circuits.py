@@ -67,16 +67,21 @@ def _record_base(model: Any, tokens: Tensor, n_layers: int) -> _Base:
 
 def _mean_base(model: Any, tokens: Tensor, n_layers: int, batch_size: int) -> _Base:
     """The mean over prompts of everything, by position; a sum of means is the mean of sums, so it is a run too."""
+
+    def summed(values: Tensor) -> Tensor:  # sums overflow in half precision
+        return values.sum(0, keepdim=True, dtype=torch.promote_types(values.dtype, torch.float32))
+
     total: _Base | None = None
     for batch in tokens.split(batch_size):
         base = _record_base(model, batch, n_layers)
-        sums = _Base({name: each.sum(0, keepdim=True) for name, each in base.activations.items()},
-                     base.stream.sum(0, keepdim=True))  # fmt: skip
+        sums = _Base({name: summed(each) for name, each in base.activations.items()}, summed(base.stream))
         if total is not None:
             sums = _Base({name: each + total.activations[name] for name, each in sums.activations.items()},
                          sums.stream + total.stream)  # fmt: skip
         total = sums
-    return _Base({name: each / len(tokens) for name, each in total.activations.items()}, total.stream / len(tokens))
+    dtype = base.stream.dtype
+    mean = {name: (each / len(tokens)).to(dtype) for name, each in total.activations.items()}
+    return _Base(mean, (total.stream / len(tokens)).to(dtype))
 
 
 def _run_edges(
@@ -238,9 +243,7 @@ class Circuit:
         """
         if by not in ("absolute", "signed"):
             raise ValueError(f"by={by!r}: choose by 'absolute' or 'signed' score.")
-        level = scores.attrs.get("level")
-        if level not in LEVELS or level not in scores.dims:
-            raise ValueError("These are no scores of edges or nodes: give a result of eap or eap_ig.")
+        level = _level(scores)
         graph = Graph(int(scores.attrs["n_layers"]), int(scores.attrs["n_heads"]))
         mean = scores.mean("prompt") if "prompt" in scores.dims else scores
         names, values = mean[level].values.tolist(), np.asarray(mean, dtype=float)
@@ -446,6 +449,8 @@ class Circuit:
             rng = np.random.default_rng(seed)
             halves = [rng.choice(inner, size=max(1, len(inner) // 2), replace=False).tolist() for _ in range(n_random)]
             subsets = [[node] for node in inner] + halves
+        if not len(subsets):
+            raise ValueError("No subsets given: nothing to take out.")
         if absent := sorted({node for subset in subsets for node in subset} - set(self.nodes)):
             raise ValueError(f"{absent[0]} is not in the circuit: completeness takes out parts of it.")
         whole = Circuit.full(self.graph)
@@ -488,6 +493,8 @@ class Circuit:
         parts = self.edges if by == "edge" else [node for node in self.nodes if node not in ("embed", "logits")]
         if not parts:
             raise ValueError(f"This circuit has no {by} that could be taken out.")
+        if not len(contexts):
+            raise ValueError("No contexts given: the whole circuit is the context ().")
         before = [self.without(context) for context in contexts]
         runs = [each.mask for each in before] + [each.without(part).mask for each in before for part in parts]
         effect, clean, empty, name = self._effects(model, pairs, runs, ablation, metric, batch_size)
@@ -555,10 +562,14 @@ class Circuit:
 def nested_circuits(
     scores: xr.DataArray, fractions: Sequence[float] = MIB_FRACTIONS, *, by: str = "absolute", prune: bool = True
 ) -> list[Circuit]:
-    """The circuits of the best ``fraction`` of edges (or nodes), for each fraction, smallest first."""
+    """The circuits of the best ``fraction`` of edges (or nodes), for each fraction, smallest first.
+
+    Raises:
+        ValueError: as ``Circuit.from_scores``, or a fraction beyond 0 and 1.
+    """
     if wrong := [fraction for fraction in fractions if not 0 <= fraction <= 1]:
         raise ValueError(f"Fractions of the graph lie between 0 and 1, not {wrong}.")
-    total = scores.sizes[scores.attrs["level"]]
+    total = scores.sizes[_level(scores)]
     return [Circuit.from_scores(scores, int(fraction * total), by=by, prune=prune) for fraction in sorted(fractions)]
 
 
@@ -617,7 +628,8 @@ def faithfulness_curve(
         Dims (prompt, circuit) with coordinates ``n_edges``, ``fraction`` (of all edges) and ``raw``, otherwise as
         ``Circuit.faithfulness``. Attributes, from ratios of means over prompts by the trapezoidal rule over
         ``fraction``: ``cpr`` (area under faithfulness; high where small circuits keep the behaviour, or overshoot it)
-        and ``cmd`` (area between faithfulness and 1; low where circuits do what the model does).
+        and ``cmd`` (area between faithfulness and 1; low where circuits do what the model does). NaN where all
+        circuits are of one size.
 
     What it does not show: MIB reports areas over the fractions asked for, from 0.001 to 1, and here the circuits' own
     sizes after pruning are on the axis. Compare areas over the same sizes.
@@ -637,6 +649,7 @@ def faithfulness_curve(
     gap = (clean - empty).mean()
     pooled = (raw - empty).mean(1) / gap if gap else np.full(len(circuits), np.nan)
     order = np.argsort(fraction, kind="stable")
+    none = 0.0 if np.ptp(fraction) else np.nan  # of one size: no area
     coords = {
         "circuit": np.arange(len(circuits)),
         "n_edges": ("circuit", sizes),
@@ -646,16 +659,24 @@ def faithfulness_curve(
     return labelled(
         effect.T, ("prompt", "circuit"), model, pairs, coords, clean, empty, name="faithfulness",
         ablation=ablation, metric=name,
-        cpr=float(np.trapezoid(pooled[order], fraction[order])),
-        cmd=float(np.trapezoid(np.abs(1 - pooled[order]), fraction[order])),
+        cpr=none + float(np.trapezoid(pooled[order], fraction[order])),
+        cmd=none + float(np.trapezoid(np.abs(1 - pooled[order]), fraction[order])),
     )  # fmt: skip
+
+
+def _level(scores: xr.DataArray) -> str:
+    """Whether these are scores of edges or of nodes."""
+    level = scores.attrs.get("level")
+    if level not in LEVELS or level not in scores.dims:
+        raise ValueError("These are no scores of edges or nodes: give a result of eap or eap_ig.")
+    return level
 
 
 def _normalised(found: np.ndarray, clean: np.ndarray, empty: np.ndarray, metric: str) -> np.ndarray:
     gap = clean - empty
-    if len(flat := np.flatnonzero(gap == 0)):
+    if len(flat := np.flatnonzero((gap == 0) | ~np.isfinite(gap))):
         raise ValueError(
-            f"{metric} is the same for the whole model and the empty circuit on prompts {flat.tolist()}: faithfulness "
-            "has no scale there. Choose another metric, or drop these prompts."
+            f"{metric} is the same, or no number, for the whole model and the empty circuit on prompts "
+            f"{flat.tolist()}: faithfulness has no scale there. Choose another metric, or drop these prompts."
         )
     return (found - empty) / gap

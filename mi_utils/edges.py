@@ -56,7 +56,7 @@ def eap(
     Args:
         level: "edge", or "node" for what each sender brings along all its edges together.
         at: the run in which gradients are taken, "clean" (as published) or "corrupted".
-        metric: a name in ``METRICS``, or a function of pairs that returns one of logits.
+        metric: a name in ``METRICS``, or a function of pairs that returns one of logits ``[prompt, 1, d_vocab]``.
         batch_size: prompts in one pass; by default about 500 tokens on a CPU, more on a GPU.
 
     Returns:

@@ -552,6 +552,14 @@ def choose(
 
     Asked once for a model, a site and a length of prompts. Otherwise plain hooks, with a :class:`SlowPath` warning.
     """
+    if any(point.has_hooks() for point in model.mi_hook_points.values()):
+        warnings.warn(
+            f"{models.info(model).name} has hooks of its own; running whole passes with plain hooks, so that they see "
+            "whole prompts.",
+            SlowPath,
+            stacklevel=3,
+        )
+        return PlainHooks(model, base)
     known = model.__dict__.setdefault("mi_fast_paths", {})
     for site in sites:
         key = (site, base.shape[1])

@@ -47,7 +47,7 @@ def attribution_patch(
         site: as in ``patch_sweep``; ``pos`` on a pattern is the query's position.
         over: axes of "layer", "pos" and "head", with "layer" among them; along the others differences add up.
         mode: "denoising" takes the gradient in the corrupted run, "noising" in the clean run.
-        metric: a name in ``METRICS``, or a function of pairs that returns one of logits ``[prompt, pos, d_vocab]``,
+        metric: a name in ``METRICS``, or a function of pairs that returns one of logits ``[prompt, 1, d_vocab]``,
             which has to have a gradient (a rank has none).
         batch_size: prompts in one pass; by default about 500 tokens on a CPU, more on a GPU. The backward pass keeps
             everything the forward pass computed.

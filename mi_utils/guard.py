@@ -20,7 +20,7 @@ SKIPPING_TAGS = {"nbval-skip", "nbval-ignore-output", "pytest-validate-ignore-ou
 RAISING = re.compile(r"#\s*NBVAL_RAISES_EXCEPTION", re.IGNORECASE)
 RAISING_TAGS = {"raises-exception", "nbval-raises-exception"}
 # an outside address in a comment is a source, in code it is a request; one's own machine is not outside
-ADDRESS = re.compile(r"https?://(?!localhost\b)[^\s\"')]+")
+ADDRESS = re.compile(r"https?://(?!(?:localhost|127\.0\.0\.1)\b)[^\s\"')]+")
 
 
 def count_claims(source: str) -> int:

@@ -258,7 +258,7 @@ def logit_lens(
             "prompt": np.arange(len(pairs)),
             "template": ("prompt", list(pairs.template)),
             "pos": np.arange(tokens.shape[1]),
-            "token": ("pos", list(pairs.position_labels)),
+            "token": ("pos", list((pairs if on == "clean" else pairs.swap()).position_labels)),
             **_layer_coords(n_layers),
         },
         attrs=_attrs(model, tuned) | {"on": on},
@@ -378,7 +378,8 @@ def _kl(p: Float[Tensor, "... d_vocab"], q: Float[Tensor, "... d_vocab"]) -> Flo
 
 
 def _check_last(model: Any, lens: Tensor, final: Tensor, dtype: torch.dtype) -> None:
-    if (apart := float((lens - final).abs().max())) > (1e-3 if dtype == torch.float32 else 0.2):
+    apart = float((lens - final).abs().max())
+    if not apart <= (1e-3 if dtype == torch.float32 else 0.2):  # so put, NaN does not pass
         raise RuntimeError(
             f"The last layer of the lens is {apart:.2g} nats away from the model's own output. "
             f"{models.info(model).name} does something after its last block that the lens leaves out."

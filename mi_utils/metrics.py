@@ -96,10 +96,29 @@ def resolve(metric: str | Callable[[PromptPairs], Metric]) -> tuple[Callable[[Pr
     """A metric given by name or as a function of pairs, as that function and a name for the record.
 
     Raises:
-        ValueError: no metric of that name.
+        ValueError: no metric of that name; or, when it is measured, a function that does not give a value a prompt.
     """
     if callable(metric):
-        return metric, f"{metric.__module__}.{getattr(metric, '__qualname__', repr(metric))}"
+        function = getattr(metric, "func", metric)  # of a functools.partial
+        about = function if hasattr(function, "__qualname__") else type(function)
+        name = f"{about.__module__}.{about.__qualname__}"
+        return lambda pairs: _checked(metric(pairs), name), name
     if metric not in METRICS:
         raise ValueError(f"Unknown metric {metric!r}: there are {', '.join(METRICS)}; or pass a function of pairs.")
     return METRICS[metric], metric
+
+
+def _checked(metric: Metric, name: str) -> Metric:
+    if hasattr(metric, "columns"):
+        return metric
+
+    def measure(logits: Logits) -> PerPrompt:
+        values = metric(logits)
+        if values.shape != logits.shape[:1]:
+            raise ValueError(
+                f"{name} gave values of shape {tuple(values.shape)} for {len(logits)} prompts. A metric gives one "
+                "number a prompt, no mean over prompts, from logits [prompt, 1, d_vocab] of the last position."
+            )
+        return values
+
+    return measure

@@ -102,8 +102,8 @@ class _SavedPasses:
                 file.write(json.dumps(entry) + "\n")
 
 
-def _fingerprint(model: Any, pairs: PromptPairs, plan: SweepPlan, *settings: str) -> str:
-    """Hash of all that decides a sweep's numbers: weights (sampled), tokens, answers, plan and settings."""
+def _fingerprint(model: Any, pairs: PromptPairs, plan: SweepPlan, factory: Callable, *settings: str) -> str:
+    """Hash of all that decides a sweep's numbers: weights (sampled), tokens, answers, plan, metric and settings."""
     info = models.info(model)
     about = (info.name, info.processing, info.dtype, plan.over, plan.sizes, settings)
     digest = hashlib.sha256(repr(about).encode())
@@ -115,6 +115,13 @@ def _fingerprint(model: Any, pairs: PromptPairs, plan: SweepPlan, *settings: str
         digest.update(torch.as_tensor(tensor).cpu().numpy().tobytes())
     for each in plan.passes:
         digest.update(np.int64(each.start).tobytes() + each.rows.tobytes())
+    # Two functions may have one name: ask what the metric says of logits in which the answer is ever likelier.
+    some, generator = pairs[: min(8, len(pairs))], torch.Generator().manual_seed(0)
+    metric, rows = factory(some), torch.arange(min(8, len(pairs)))
+    for lift in range(16):
+        logits = torch.randn(len(rows), 1, info.shape.d_vocab, generator=generator)
+        logits[rows, 0, some.correct_ids.cpu()] += lift
+        digest.update(np.round(numpy(metric(logits.to(info.device))), 3).tobytes())
     return digest.hexdigest()
 
 
@@ -303,8 +310,8 @@ def patch_sweep(
         mode: "denoising", the default, puts clean activations into the corrupted run (what is enough to bring the
             answer back?), "noising" corrupted ones into the clean run (what is needed for it?).
         metric: a name in ``METRICS``, or a function that takes pairs and returns a function from logits
-            ``[prompt, pos, d_vocab]`` to values ``[prompt]``. One that declares its columns, as ``LogitDiff`` does,
-            is cheaper: the rest of the vocabulary is not computed.
+            ``[prompt, 1, d_vocab]``, those of the last position, to values ``[prompt]``. One that declares its columns,
+            as ``LogitDiff`` does, is cheaper: the rest of the vocabulary is not computed.
         replace: what is put in. "other": the activation of the other run. Or an ablation of the clean run, without a
             ``mode``: "mean" of these prompts at the same position, "resample" (the activation on another of these
             prompts, drawn with ``seed``), "zero".
@@ -369,7 +376,7 @@ def patch_sweep(
             f"What is to be put in at {site} is what stands there already, everywhere: there is nothing to patch. "
             "Choose another site, or prompts that differ before the last token."
         )
-    fingerprint = _fingerprint(model, pairs, plan, site, mode, replace, str(seed), metric_name) if save else ""
+    fingerprint = _fingerprint(model, pairs, plan, factory, site, mode, replace, str(seed), metric_name) if save else ""
     saved = _SavedPasses(save, fingerprint, limits, clean, corrupted)
     for number, chunk in _with_progress(plan, f"patching {site}", progress):
         if number in saved.done:
@@ -534,7 +541,8 @@ def _places(components: Sequence[tuple[int, int] | str], shape: ModelShape) -> d
             place, unit = ("z", int(each[0])), int(each[1])
         if not (0 <= place[1] < shape.n_layers and 0 <= unit < (shape.n_heads if place[0] == "z" else 1)):
             missing.append(each)
-        places.setdefault(place, []).append(unit)
+        if unit not in places.setdefault(place, []):
+            places[place].append(unit)
     if missing:
         raise ValueError(
             f"The model has no heads or layers {missing}: it has {shape.n_layers} layers of {shape.n_heads} heads, "
@@ -561,8 +569,10 @@ def _mean_over(sweep: _Sweep, blocks: list[slice]) -> dict[int, Tensor]:
     for block in blocks:
         base, _ = sweep.runs(block)
         for (_, layer), activation in base.activations.items():
-            total[layer] = total.get(layer, 0) + activation.sum(dim=0, keepdim=True)
-    return {layer: each / len(sweep.base_tokens) for layer, each in total.items()}
+            wide = torch.promote_types(activation.dtype, torch.float32)  # sums overflow in half precision
+            total[layer] = total.get(layer, 0) + activation.sum(dim=0, keepdim=True, dtype=wide)
+            narrow = activation.dtype
+    return {layer: (each / len(sweep.base_tokens)).to(narrow) for layer, each in total.items()}
 
 
 def _unembedded(factory: Callable, pairs: PromptPairs, shape: ModelShape) -> int:

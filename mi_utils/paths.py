@@ -49,7 +49,7 @@ def path_patch(
             stream alone; "run" lets them answer, as in Wang et al. Heads between the two are always frozen.
         mode: "denoising" puts the sender's clean output into the corrupted run, "noising" (as published) its
             corrupted output into the clean run.
-        metric: a name in ``METRICS``, or a function of pairs that returns one of logits.
+        metric: a name in ``METRICS``, or a function of pairs that returns one of logits ``[prompt, 1, d_vocab]``.
         batch_size: rows (sender and prompt) in one pass; by default about 1,000 tokens on a CPU, more on a GPU.
 
     Returns:

@@ -299,7 +299,17 @@ def test_curve_and_its_areas(model, pairs):
     assert curve.attrs["cpr"] == pytest.approx(area)
     assert curve.attrs["cmd"] >= 0
     whole = faithfulness_curve(model, pairs, [Circuit.full(Graph.of(model))] * 2)
-    assert whole.attrs["cmd"] == whole.attrs["cpr"] == 0  # no width
+    assert np.isnan([whole.attrs["cmd"], whole.attrs["cpr"]]).all()  # no width, no area
+    for wrong in ({"subsets": []}, {"contexts": ()}):
+        measure = (
+            Circuit.full(Graph.of(model)).completeness
+            if "subsets" in wrong
+            else Circuit.full(Graph.of(model)).minimality
+        )
+        with pytest.raises(ValueError, match="No (subsets|contexts) given"):
+            measure(model, pairs, **wrong)
+    with pytest.raises(ValueError, match="no scores of edges or nodes"):
+        nested_circuits(curve)
 
 
 def test_circuits_by_nodes(model, pairs):

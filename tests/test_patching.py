@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import conftest
 import handset
@@ -633,6 +634,56 @@ def test_a_metric_of_ones_own(model, pairs):
     each = torch.arange(len(pairs))
     logits = models.run(model, pairs.clean_tokens)[:, -1]
     np.testing.assert_allclose(own.clean, logits[each, pairs.correct_ids], atol=1e-4)
+
+
+def test_a_kept_sweep_is_not_handed_to_another_metric_of_the_same_name(model, pairs, tmp_path):
+    ends = [
+        models.run(model, tokens)[0, -1, pairs.correct_ids[0]]
+        for tokens in (pairs.clean_tokens, pairs.corrupted_tokens)
+    ]
+
+    def bent(pairs, by):
+        """The same on the clean and on the corrupted prompt, whatever ``by``."""
+
+        def metric(logits):
+            x = logits[:, -1, pairs.correct_ids[0]]
+            return x + by * (x - ends[0]) * (x - ends[1])
+
+        return metric
+
+    def sweep(by):
+        return patch_sweep(
+            model, pairs[:1], "z", ("layer", "head"), metric=partial(bent, by=by), progress=False,
+            save=tmp_path / "kept.jsonl",
+        )  # fmt: skip
+
+    assert sweep(1.0).identical(sweep(1.0)), "a partial has the name of its function"
+    with pytest.raises(ValueError, match="another sweep"):
+        sweep(0.0)
+
+
+@pytest.mark.parametrize("wrong", [lambda logits: logits.mean(), lambda logits: logits[:1, -1, 0]])
+def test_a_metric_gives_a_number_a_prompt(model, pairs, wrong):
+    with pytest.raises(ValueError, match="one number a prompt"):
+        patch_sweep(model, pairs, "z", ("layer", "head"), metric=lambda pairs: wrong, progress=False)
+
+
+def test_hooks_of_the_caller_see_whole_prompts(model, pairs):
+    def last(activation, hook):
+        activation[:, pairs.clean_tokens.shape[1] - 1] += 1
+        return activation
+
+    patch_sweep(model, pairs, "z", ("layer", "head"), progress=False)  # the fast path is known to be right
+    with model.hooks(fwd_hooks=[(models.hook_name("resid_pre", 1), last)]):
+        with pytest.warns(SlowPath, match="hooks of its own"):
+            found = patch_sweep(model, pairs, "z", ("layer", "head"), progress=False)
+        logits = models.run(model, pairs.clean_tokens)
+    np.testing.assert_allclose(found.clean, LogitDiff(pairs.correct_ids, pairs.incorrect_ids)(logits), atol=1e-4)
+
+
+def test_a_component_named_twice_is_taken_out_once(model, pairs):
+    once, twice = (ablate(model, pairs, names, kind="zero") for names in (["L1H1"], ["L1H1", (1, 1)]))
+    assert (twice.values == once.values).all() and twice.attrs["elements_changed"] == once.attrs["elements_changed"]
 
 
 @pytest.mark.parametrize("text", ["notes of mine", "notes of mine\n", '["a", "list"]\n'])
