@@ -886,12 +886,14 @@ def mlp(model: Any, layer: int, stream: Float[Tensor, "... d_model"]) -> Float[T
     """What a layer's MLP would write if this were the stream that it reads.
 
     Raises:
-        NotImplementedError: a model that normalises again what its MLP gives (Gemma 2 and 3, OLMo 2).
+        NotImplementedError: a model that normalises again what its MLP gives (Gemma 2 and 3, OLMo 2), or whose MLP is
+            no module of its own (OPT).
     """
     block = model.blocks[layer]
-    if hasattr(block.original_component, "post_feedforward_layernorm"):
+    if hasattr(block.original_component, "post_feedforward_layernorm") or block.mlp.name is None:
         raise NotImplementedError(
-            f"{info(model).name} normalises what its MLP gives: use the activation mlp_out of a run instead."
+            f"The MLP of {info(model).name} is no module of its own, or is normalised once more: use the activation "
+            "mlp_out of a run instead."
         )
     return block.mlp(block.ln2(stream))
 

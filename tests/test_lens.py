@@ -76,6 +76,20 @@ def test_wrong_side_is_refused():
         logit_lens(None, None, on="left")
 
 
+def test_positions_are_named_by_the_prompts_that_were_read(model):
+    pair = PromptPairs(model, **handset.induction_prompts(1), check=False)
+    names = logit_lens(model, pair, on="corrupted")["token"].values
+    for place in (pair.clean_tokens != pair.corrupted_tokens)[0].nonzero().flatten().tolist():
+        assert model.tokenizer.decode(pair.corrupted_tokens[0, place]).strip() in names[place]
+
+
+def test_a_model_that_overflows_has_no_lens(model):
+    pairs = PromptPairs(model, **handset.induction_prompts(2), check=False)
+    with model.hooks(fwd_hooks=[(models.hook_name("mlp_out", 0), lambda activation, hook: activation * torch.nan)]):
+        with pytest.raises(RuntimeError, match="away from the model's own output"):
+            logit_lens(model, pairs)
+
+
 # ---------------------------------------------------------------- the tuned lens
 
 

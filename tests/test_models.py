@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import test_large
 import torch
 from conftest import save_random_gpt2
 
@@ -379,3 +380,34 @@ def test_activation_and_layer_norm_in_few_kernels_are_the_same_functions(tiny, t
     doubled = models.run_with_hooks(tiny, tokens, [("blocks.0.ln1.hook_scale", lambda scale, hook: 2 * scale)])
     assert not torch.allclose(doubled, models.run(tiny, tokens), atol=1e-2)  # a hook inside is still obeyed
     torch.testing.assert_close(fast, type(norm).forward(norm, stream), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module", params=["OPT", "Gemma", "Gemma2"])
+def of_another_kind(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    hf_model, tokenizer = test_large.small(request.param, **test_large.KINDS.get(request.param, {}))
+    hf_model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return load_model(str(directory))
+
+
+def test_embeddings_are_what_enters_the_stream(of_another_kind):
+    """OPT keeps two rows for no position; Gemma multiplies by √d_model."""
+    model = of_another_kind
+    tokens = models.to_tokens(model, ["The cat sat on the"])
+    stream = models.cache(model, tokens, ["resid_pre"], layers=[0])["resid_pre", 0]
+    expected = models.W_E(model)[tokens]
+    if models.W_pos(model) is not None:
+        expected = expected + models.W_pos(model)[: tokens.shape[1]]
+    torch.testing.assert_close(expected, stream, atol=1e-5, rtol=1e-4)
+
+
+def test_an_mlp_by_its_weights_is_the_mlp_of_the_run(of_another_kind):
+    model = of_another_kind
+    tokens = models.to_tokens(model, ["The cat sat on the"])
+    kept = models.cache(model, tokens, ["resid_mid", "mlp_out"], layers=[1])
+    if type(model.blocks[0].original_component).__name__ != "GemmaDecoderLayer":
+        with pytest.raises(NotImplementedError, match="mlp_out of a run"):
+            models.mlp(model, 1, kept["resid_mid", 1])
+    else:
+        torch.testing.assert_close(models.mlp(model, 1, kept["resid_mid", 1]), kept["mlp_out", 1], atol=1e-5, rtol=1e-4)
