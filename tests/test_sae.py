@@ -171,23 +171,27 @@ def test_training_is_decided_by_its_seed_and_leaves_the_global_one_alone(tiny, r
     assert torch.equal(torch.rand(3), expected)
 
 
+def train_until_killed(monkeypatch, looks, model, **settings):
+    """Training that is killed when the monitor looks for the so-many-th time."""
+    monitor, calls = saes._monitor, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == looks:
+            raise KeyboardInterrupt
+        return monitor(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(saes, "_monitor", killed)
+        saes.train_sae(model, **settings)
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(architecture, tiny, rows, tmp_path, monkeypatch):
     settings = QUICK | {"architecture": architecture, "n_tokens": 6000, "buffer_tokens": 1500, "tokens": rows}
     settings |= {"monitor_every": 10, "checkpoint_every": 10}
     whole = saes.train_sae(tiny, **settings)
-    monitor, calls = saes._monitor, []
-
-    def killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return monitor(*arguments)
-
-    monkeypatch.setattr(saes, "_monitor", killed)
-    with pytest.raises(KeyboardInterrupt):
-        saes.train_sae(tiny, folder=tmp_path, **settings)
-    monkeypatch.setattr(saes, "_monitor", monitor)
+    train_until_killed(monkeypatch, 6, tiny, folder=tmp_path, **settings)
     assert (tmp_path / "checkpoint.pt").is_file()
     with pytest.raises(ValueError, match="learning_rate"):
         saes.train_sae(tiny, folder=tmp_path, learning_rate=0.5, **settings)
@@ -210,18 +214,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(architecture, tiny,
 
 def test_a_checkpoint_goes_on_with_the_same_text_and_weights_only(tiny, tiny_dir, rows, tmp_path, monkeypatch):
     settings = QUICK | {"n_tokens": 3000, "monitor_every": 10, "checkpoint_every": 10, "folder": tmp_path}
-    monitor, calls = saes._monitor, []
-
-    def killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return monitor(*arguments)
-
-    monkeypatch.setattr(saes, "_monitor", killed)
-    with pytest.raises(KeyboardInterrupt):
-        saes.train_sae(tiny, tokens=rows, **settings)
-    monkeypatch.setattr(saes, "_monitor", monitor)
+    train_until_killed(monkeypatch, 3, tiny, tokens=rows, **settings)
     with pytest.raises(ValueError, match="first rows"):
         saes.train_sae(tiny, tokens=rows[::-1], **settings)
     with pytest.raises(ValueError, match="processing"):
