@@ -216,10 +216,13 @@ def undrawn(looks: list[dict]) -> list[str]:
     ]  # fmt: skip
 
 
-def settled_looks(browser, patience: float = 20) -> list[dict]:
-    """The figures once all are drawn; as they are when patience is at its end, on a busy machine."""
+def settled_looks(browser, n: int, patience: float = 20) -> list[dict]:
+    """The figures once all ``n`` are there and drawn; as they are when patience is at its end, on a busy machine."""
     end = time.monotonic() + patience
-    while undrawn(looks := browser.execute_script(LOOK)) and time.monotonic() < end:
+    while time.monotonic() < end:
+        looks = browser.execute_script(LOOK)
+        if len(looks) == n and not undrawn(looks):
+            break
         time.sleep(0.5)
     return looks
 
@@ -228,7 +231,7 @@ def settled_looks(browser, patience: float = 20) -> list[dict]:
 def test_in_a_browser_every_figure_is_drawn_and_nothing_comes_from_outside(built, browser, source):
     resize(browser, 1280)
     browser.get((built / source.page).as_uri())
-    looks = settled_looks(browser)
+    looks = settled_looks(browser, figures_stored(source))
     assert len(looks) == figures_stored(source)
     assert undrawn(looks) == []
     resize(browser, PHONE)
